@@ -1,0 +1,1 @@
+"""Bytes: headers, ranges, streaming writers, atomic outputs, digests. Knows nothing of LoRA."""
