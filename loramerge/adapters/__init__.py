@@ -1,0 +1,1 @@
+"""Adapters: dialects (how trainers name and shape factors) and updates (what they mean)."""
