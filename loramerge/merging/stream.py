@@ -1,0 +1,416 @@
+"""Carries a plan out: workers over row blocks, each with its own buffers, reading, computing, hashing and writing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loramerge.adapters.adapter import Adapter
+from loramerge.adapters.updates import in_place
+from loramerge.errors import InputError, LoramergeError, UnsupportedError
+from loramerge.merging.kernels import COMPUTE_DTYPES, TORCH_DTYPES, Measured, NonFinite
+from loramerge.merging.lanes import CudaLane, DeviceLane, Lane, Operators, choose_device
+from loramerge.merging.plan import OutputFile, Plan, Step
+from loramerge.tensors.dtypes import bits, display
+from loramerge.tensors.hashing import BLOCK_BYTES, block_digest, row_blocks, row_layout, tensor_digest
+from loramerge.tensors.safetensors import TensorInfo
+from loramerge.tensors.text import quoted
+from loramerge.tensors.writer import AlignedBuffer
+
+FACTOR_CACHE_BYTES = 64 << 20
+
+Progress = Callable[[int, int], None]
+
+
+class Sink(Protocol):
+    """Where the bytes go: files, or nowhere when only the digests are wanted."""
+
+    def begin(self, file: OutputFile, header: bytes, size: int) -> bool:
+        """A file is begun; `header` belongs at its start. False where its bytes need not even be read."""
+
+    def write(self, file: OutputFile, offset: int, view: memoryview) -> None:
+        """A range of a begun file. Called by many threads at once."""
+
+    def end(self, file: OutputFile) -> None:
+        """All of a file was written."""
+
+
+@dataclass
+class Result:
+    """What became of one tensor: its digest, that of its source, and how much of the change rounding kept."""
+
+    digest: str | None
+    source_digest: str | None = None
+    kept: float = 0.0
+    wanted: float = 0.0
+    unchanged: bool = False
+    """The updates turned out to be all zero, and the bytes were copied."""
+
+    @property
+    def retention(self) -> float | None:
+        """`<M - W, D> / <D, D>` (sampled rows); 1 is ideal. None where nothing was to change."""
+        return self.kept / self.wanted if self.wanted > 0 else None
+
+
+@dataclass
+class _Work:
+    """One output tensor while it is being written."""
+
+    file: OutputFile
+    step: Step
+    info: TensorInfo
+    rows: int
+    row_bytes: int
+    blocks: list[tuple[int, int]]
+    digests: list[bytes]
+    sources: list[bytes]
+    measured: list[Measured]
+    left: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    operators: Operators | None = None
+
+
+class Factors:
+    """Reads the adapters' factors in the compute dtype; a few stay in memory for updates that share them."""
+
+    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
+        self._adapters = adapters
+        self._dtype = dtype
+        self._device = device
+        self._cache: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def read(self, adapter: int, key: str) -> Tensor:
+        """One factor, checked to be finite.
+
+        Raises:
+            InputError: `adapter.non-finite` with the tensor and how many of its values are not numbers.
+        """
+        with self._lock:
+            found = self._cache.get((adapter, key))
+            if found is not None:
+                self._cache.move_to_end((adapter, key))
+                return found
+        source = self._adapters[adapter]
+        located = source.checkpoint.tensors[key]
+        raw = bytearray(located.info.nbytes)
+        located.file.source.read_into(located.info.begin, memoryview(raw))
+        stored = torch.frombuffer(raw, dtype=TORCH_DTYPES[located.info.dtype]).view(located.info.shape)
+        tensor = stored.to(device=self._device, dtype=self._dtype)
+        if not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                "adapter.non-finite",
+                f"{quoted(key)} holds {count} values that are not finite numbers",
+                fix="the training diverged or the file is damaged: use an earlier save",
+                file=source.name,
+                tensors=[key],
+            )
+        with self._lock:
+            self._cache[adapter, key] = tensor
+            self._bytes += tensor.nbytes
+            while self._bytes > FACTOR_CACHE_BYTES and len(self._cache) > 1:
+                _, old = self._cache.popitem(last=False)
+                self._bytes -= old.nbytes
+        return tensor
+
+
+def stream(
+    plan: Plan, sink: Sink, *, jobs: int, device: str = "auto", progress: Progress | None = None
+) -> dict[str, Result]:
+    """Runs every step of a plan.
+
+    Args:
+        plan: what to do.
+        sink: where the bytes go.
+        jobs: workers, each with one torch thread.
+        device: where to compute.
+        progress: told (bytes done, bytes in all) now and then, from this thread.
+
+    Returns:
+        what became of each tensor, by name.
+
+    Raises:
+        InputError: non-finite factors or results, an input that changed or cannot be read.
+        OutputError: from the sink.
+    """
+    return _Run(plan, sink, jobs, choose_device(device)).run(progress)
+
+
+class _Run:
+    def __init__(self, plan: Plan, sink: Sink, jobs: int, device: torch.device) -> None:
+        self.plan = plan
+        self.sink = sink
+        self.jobs = jobs
+        self.device = device
+        self.dtype = COMPUTE_DTYPES[str(plan.options.get("compute_dtype", "float32"))]
+        self.factors = Factors([a for a, _ in plan.adapters], self.dtype, device)
+        self.results: dict[str, Result] = {}
+        self.files = list(plan.files)
+        self.total = sum(step.nbytes for file in self.files for step in file.steps)
+        self.done = 0
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self.files_left: dict[str, int] = {}
+        self.tasks: Iterator[tuple[Callable[..., None], tuple[Any, ...]]] = self._tasks()
+
+    def run(self, progress: Progress | None) -> dict[str, Result]:
+        threads_before = torch.get_num_threads()
+        precision_before = torch.get_float32_matmul_precision()
+        torch.set_num_threads(1)  # workers run over blocks; threads inside an operation would only wait for one another
+        torch.set_float32_matmul_precision("highest")
+        workers = [threading.Thread(target=self._worker, daemon=True) for _ in range(self.jobs)]
+        try:
+            for worker in workers:
+                worker.start()
+            last = 0.0
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.05)
+                    if progress is not None and time.monotonic() - last > 0.1:
+                        last = time.monotonic()
+                        progress(self.done, self.total)
+        finally:
+            self.stop.set()
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+            torch.set_num_threads(threads_before)
+            torch.set_float32_matmul_precision(precision_before)
+        if self.error is not None:
+            raise self.error
+        if progress is not None:
+            progress(self.total, self.total)
+        return self.results
+
+    def _worker(self) -> None:
+        lane: Lane | None = None
+        try:
+            with torch.inference_mode():
+                lane = self._lane()
+                while not self.stop.is_set():
+                    with self.lock:
+                        task = next(self.tasks, None)
+                    if task is None:
+                        return
+                    function, arguments = task
+                    function(lane, *arguments)
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            with self.lock:
+                if self.error is None:
+                    self.error = error
+            self.stop.set()
+        finally:
+            if lane is not None:
+                lane.close()
+
+    def _lane(self) -> Lane:
+        longest, widest = BLOCK_BYTES, BLOCK_BYTES
+        for file in self.files:
+            for step in file.steps:
+                rows, row_bytes = row_layout(bits(step.dtype), step.shape)
+                longest = max(longest, row_bytes)
+                if step.dtype != step.source.info.dtype and rows:
+                    block = row_blocks(rows, row_bytes)
+                    if block:
+                        in_row = step.source.info.nbytes // rows
+                        widest = max(widest, (block[0][1] - block[0][0]) * in_row)
+        if self.device.type == "cuda":
+            return CudaLane(longest, widest, self.dtype, self.device)
+        if self.device.type != "cpu":
+            return DeviceLane(longest, widest, self.dtype, self.device)
+        return Lane(longest, widest, self.dtype)
+
+    def _tasks(self) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
+        """Blocks in file order; runs of small untouched tensors travel together. Called under the lock."""
+        for file in self.files:
+            header, infos = file.layout()
+            end = infos[-1].end if infos else len(header)
+            works = [self._work(file, step, info) for step, info in zip(file.steps, infos, strict=True)]
+            self.files_left[file.name] = sum(1 for w in works if w.left) + 1
+            if not self.sink.begin(file, header, end):
+                self.done += sum(work.info.nbytes for work in works)
+                self.results |= {work.step.tensor: Result(None) for work in works}
+                continue
+            run: list[_Work] = []
+            for work in works:
+                if not work.blocks:
+                    self.results[work.step.tensor] = Result(tensor_digest([]))
+                    continue
+                if work.step.verbatim and work.info.nbytes <= BLOCK_BYTES and len(work.blocks) == 1:
+                    if run and not _adjacent(run, work):
+                        yield self._copy_run, (run,)
+                        run = []
+                    run.append(work)
+                    continue
+                if run:
+                    yield self._copy_run, (run,)
+                    run = []
+                one = self._copy_block if work.step.verbatim else self._change_block
+                for index in range(len(work.blocks)):
+                    yield one, (work, index)
+            if run:
+                yield self._copy_run, (run,)
+            yield self._file_part_done, (file,)
+
+    def _work(self, file: OutputFile, step: Step, info: TensorInfo) -> _Work:
+        rows, row_bytes = row_layout(bits(step.dtype), step.shape)
+        blocks = row_blocks(rows, row_bytes)
+        n = len(blocks)
+        return _Work(file, step, info, rows, row_bytes, blocks, [b""] * n, [b""] * n, [Measured() for _ in range(n)], n)
+
+    def _copy_run(self, lane: Lane, run: list[_Work]) -> None:
+        """Small tensors that lie side by side in source and output: one read, one write."""
+        first, last = run[0], run[-1]
+        length = last.info.end - first.info.begin
+        view = lane.window(first.info.begin, length)
+        first.step.source.file.source.read_into(first.step.source.info.begin, view)
+        for work in run:
+            at = work.info.begin - first.info.begin
+            work.digests[0] = block_digest(view[at : at + work.info.nbytes])
+        self.sink.write(first.file, first.info.begin, view)
+        for work in run:
+            self._block_done(work, work.info.nbytes)
+
+    def _copy_block(self, lane: Lane, work: _Work, index: int) -> None:
+        r0, r1 = work.blocks[index]
+        offset = work.info.begin + r0 * work.row_bytes
+        view = lane.window(offset, (r1 - r0) * work.row_bytes)
+        source = work.step.source
+        source.file.source.read_into(source.info.begin + r0 * work.row_bytes, view)
+        work.digests[index] = block_digest(view)
+        self.sink.write(work.file, offset, view)
+        self._block_done(work, len(view))
+
+    def _change_block(self, lane: Lane, work: _Work, index: int) -> None:
+        operators = self._operators(lane, work)
+        step = work.step
+        if not operators.each and step.dtype == step.source.info.dtype:
+            self._copy_block(lane, work, index)  # every update is zero: the bytes, not their sum with zero
+            return
+        r0, r1 = work.blocks[index]
+        cols = work.row_bytes * 8 // bits(step.dtype)
+        length = (r1 - r0) * work.row_bytes
+        offset = work.info.begin + r0 * work.row_bytes
+        view = lane.window(offset, length)
+        aligned = offset % (bits(step.dtype) // 8) == 0
+        target = _tensor(lane.output, offset, r1 - r0, cols, step.dtype) if aligned else None
+        if target is None:
+            # An odd tensor before this one left it at an odd offset, where kernels do not work: work beside it.
+            target = torch.empty((r1 - r0) * cols, dtype=TORCH_DTYPES[step.dtype])
+        in_row = cols * bits(step.source.info.dtype) // 8
+        if step.dtype == step.source.info.dtype and aligned:
+            read, source = view, target
+        else:
+            buffer = lane.input()
+            read = buffer.window(0, (r1 - r0) * in_row)
+            source = _tensor(buffer, 0, r1 - r0, cols, step.source.info.dtype)
+        step.source.file.source.read_into(step.source.info.begin + r0 * in_row, read)
+        if step.source.input == 0:
+            work.sources[index] = block_digest(read)
+        measure = any(u.kind != "token-rows" for u in step.updates)
+        try:
+            work.measured[index] = lane.change(source, target, r0 * cols, cols, operators, measure)
+        except NonFinite as error:
+            raise self._non_finite(work, error) from None
+        if not aligned:
+            view[:] = target.view(torch.uint8).numpy().data
+        work.digests[index] = block_digest(view)
+        self.sink.write(work.file, offset, view)
+        self._block_done(work, length)
+
+    def _operators(self, lane: Lane, work: _Work) -> Operators:
+        """The operators of a tensor, built by the worker that needs them first."""
+        with work.lock:
+            if work.operators is None:
+                built = [u.operator(self.factors.read, lambda: self._blocks(work)) for u in work.step.updates]
+                lane.finish_operators()
+                each = [o for o in built if o is not None]
+                work.operators = Operators(each, not in_place(work.step.updates))
+        return work.operators
+
+    def _blocks(self, work: _Work) -> Iterator[tuple[int, Tensor]]:
+        """The source tensor in blocks of whole rows, in the compute dtype, for updates that need two passes."""
+        info = work.step.source.info
+        cols = work.row_bytes * 8 // bits(work.step.dtype)
+        in_row = cols * bits(info.dtype) // 8
+        per = max(1, (4 << 20) // in_row)
+        for r0 in range(0, work.rows, per):
+            n = min(per, work.rows - r0)
+            raw = bytearray(n * in_row)
+            work.step.source.file.source.read_into(info.begin + r0 * in_row, memoryview(raw))
+            stored = torch.frombuffer(raw, dtype=TORCH_DTYPES[info.dtype])
+            yield r0 * cols, stored.to(device=self.device, dtype=self.dtype)
+
+    def _block_done(self, work: _Work, nbytes: int) -> None:
+        with self.lock:
+            self.done += nbytes
+            work.left -= 1
+            if work.left:
+                return
+            self.results[work.step.tensor] = _result(work)
+            work.operators = None
+        self._file_part_done(None, work.file)
+
+    def _file_part_done(self, lane: Lane | None, file: OutputFile) -> None:
+        with self.lock:
+            self.files_left[file.name] -= 1
+            last = self.files_left[file.name] == 0
+        if last:
+            self.sink.end(file)
+
+    def _non_finite(self, work: _Work, error: NonFinite) -> LoramergeError:
+        step = work.step
+        if error.inherited:
+            return InputError(
+                "base.non-finite",
+                f"{quoted(step.tensor)} is not finite in the base already",
+                fix="the base is damaged: download it again",
+                file=step.source.file.source.name,
+                tensors=[step.tensor],
+            )
+        return UnsupportedError(
+            "merge.overflow",
+            f"{error.count} values of {quoted(step.tensor)} do not fit {display(step.dtype)} "
+            f"(the largest is {error.largest:.4g})",
+            fix="--dtype bfloat16 (or float32), or a smaller weight",
+            file=step.source.file.source.name,
+            tensors=[step.tensor],
+        )
+
+
+def _adjacent(run: list[_Work], work: _Work) -> bool:
+    """Whether a tensor follows a run directly, in the source file and in the output, and still fits one block."""
+    first, last = run[0], run[-1]
+    return (
+        work.step.source.file is last.step.source.file
+        and work.step.source.info.begin == last.step.source.info.end
+        and work.info.end - first.info.begin <= BLOCK_BYTES
+    )
+
+
+def _tensor(buffer: AlignedBuffer, offset: int, rows: int, cols: int, dtype: str) -> Tensor:
+    """The kernels' view of a window of a buffer."""
+    start = buffer.start_of(offset)
+    return torch.frombuffer(buffer.memory, dtype=TORCH_DTYPES[dtype], count=rows * cols, offset=start)
+
+
+def _result(work: _Work) -> Result:
+    result = Result(tensor_digest(work.digests))
+    if work.step.source.input == 0:
+        sources = work.sources if all(work.sources) else work.digests
+        same_layout = work.step.dtype == work.step.source.info.dtype
+        result.source_digest = tensor_digest(sources) if same_layout else None
+    result.unchanged = not work.step.verbatim and not any(work.sources) and work.step.source.input == 0
+    result.kept = sum(m.kept for m in work.measured)
+    result.wanted = sum(m.wanted for m in work.measured)
+    return result
