@@ -1,0 +1,193 @@
+"""`loramerge merge`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loramerge.cli import options
+from loramerge.cli.sink import Sink, duration, size
+from loramerge.tensors.dtypes import display
+from loramerge.tensors.text import plural
+
+if TYPE_CHECKING:
+    from loramerge.merging.plan import Plan
+    from loramerge.merging.receipt import Receipt
+
+LOW_RETENTION = 0.95
+"""Below this a merge warns: rounding took more than a twentieth of what training gave."""
+
+
+@click.command("merge", no_args_is_help=False)
+@click.argument("base")
+@click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True, type=options.ADAPTER)
+@options.output
+@options.arithmetic
+@options.selection
+@click.option("--alpha", type=float, metavar="N", help="Alpha, where nothing on disk says it.")
+@click.option("--enable-lora", type=options.FLAGS, metavar="1,0,1", help="Trained parts of a grouped linear.")
+@click.option("--residual-base", is_flag=True, help="BASE is the residual model that the adapter's start left.")
+@click.option("--allow-unmatched", is_flag=True, help="Let adapter tensors that match nothing in BASE be.")
+@click.option(
+    "--tokenizer",
+    type=click.Choice(["auto", "base", "adapter"]),
+    default="auto",
+    show_default=True,
+    help="Whose tokenizer to carry; auto: the adapter's if it brings one.",
+)
+@click.option("--shard-size", type=options.SIZE, metavar="SIZE", help="Cut the output into files of this size.")
+@click.option("--link", is_flag=True, help="Hard-link files that do not change instead of copying them.")
+@options.allow_pickle
+@options.jobs
+@options.max_memory
+@options.dry_run
+@options.common
+def command(
+    sink: Sink,
+    base: str,
+    adapters: tuple[tuple[str, float], ...],
+    out: str,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
+    """Merge adapters into a checkpoint.
+
+    BASE is a file or a directory. A number after = is the weight of an adapter. Nothing is written before
+    everything has been checked, and OUT appears only when it is complete.
+
+    \b
+    Examples:
+      loramerge merge base lora -o merged
+      loramerge merge base style=0.7 tone=-0.2 -o merged --dtype bfloat16
+      loramerge merge base lora -o merged --dry-run
+    """
+    import loramerge as lm
+
+    if dry_run:
+        plan = lm.plan_merge(base, list(adapters), out, **flags)
+        lines = [f"{label:<10}{text}" for label, text in plan_lines(plan)]
+        lines += [f"{'note':<10}{note}" for note in plan.notes]
+        sink.result({"plan": plan.to_data()} if sink.json else {}, lines, out)
+        return
+
+    dtypes: set[str] = set()
+
+    def on_plan(plan: Plan) -> None:
+        dtypes.update(step.dtype for step in plan.steps if step.updates)
+        for label, text in plan_lines(plan):
+            sink.say(label, text)
+
+    with sink.progress_bar("merge") as progress:
+        receipt = lm.merge(base, list(adapters), out, on_plan=on_plan, progress=progress, **flags)
+    for note in receipt.notes:
+        sink.warn(note)
+    if receipt.retention is not None and receipt.retention < LOW_RETENTION:
+        text = f"rounding kept only {receipt.retention:.2g} of the change"
+        finer = "float32 or float16" if "BF16" in dtypes else "float32"
+        sink.warn(text if dtypes <= {"F32"} else f"{text}; --dtype {finer} keeps more of it")
+    lines = _result_lines(receipt, out) + (_module_lines(sink, receipt) if sink.verbose else [])
+    sink.result(_document(receipt, out), lines, out)
+
+
+def plan_lines(plan: Plan) -> list[tuple[str, str]]:
+    """The plan for people: a label and a text a line."""
+    base = plan.base
+    files = len(base.files)
+    dtypes = sorted({display(located.info.dtype) for located in base.tensors.values()})
+    shards = plural(files, "file") if base.index_name is None else plural(files, "shard")
+    lines = [("base", "   ".join((base.name, shards, size(base.nbytes), ", ".join(dtypes))))]
+    for number, (adapter, weight) in enumerate(plan.adapters):
+        matches = plan.binding.matches[number]
+        parts = [adapter.name, " ".join([adapter.dialect.title, *_scales(plan, number, weight)])]
+        if weight != 1:
+            parts.append(f"weight {weight:g}")
+        parts.append(f"{matches.matched}/{matches.modules} modules")
+        if matches.excluded:
+            parts.append(f"{plural(len(matches.excluded), 'tensor')} left out")
+        if matches.unmatched:
+            parts.append(f"{plural(len(matches.unmatched), 'tensor')} unmatched")
+        lines.append(("adapter", "   ".join(parts)))
+    counts = plan.counts()
+    changes = f"{counts['changed']} of {len(plan.steps)} tensors change"
+    if counts["added"]:
+        changes += f", {counts['added']} added"
+    moved = f"reads {size(plan.bytes_read)}, writes {size(plan.bytes_written)}"
+    lines.append(("plan", f"{changes}; {moved}, memory {size(plan.memory(plan.jobs))}"))
+    return lines
+
+
+def _scales(plan: Plan, number: int, weight: float) -> list[str]:
+    """Rank and scale of an adapter's updates, as ranges where they differ."""
+    ranks: set[float] = set()
+    scales: set[float] = set()
+    for updates in plan.binding.updates.values():
+        for update in updates:
+            low: Any = getattr(update, "low", update)  # DoRA's own, or the update itself
+            if update.adapter == number and hasattr(low, "rank"):
+                ranks.add(low.rank)
+                scales.add(low.scale / weight if weight else 0.0)
+    parts = []
+    for name, values in (("r=", ranks), ("scale ", scales if weight else set())):
+        if values:
+            least, most = f"{min(values):.4g}", f"{max(values):.4g}"
+            parts.append(name + (least if least == most else f"{least}..{most}"))
+    return parts
+
+
+def _speed(receipt: Receipt) -> float:
+    return receipt.bytes_written / 1e9 / max(receipt.seconds, 1e-6)
+
+
+def _result_lines(receipt: Receipt, out: str) -> list[str]:
+    merged = f"{size(receipt.bytes_written)} in {duration(receipt.seconds)} ({size(_speed(receipt) * 1e9)}/s)"
+    if receipt.retention is not None:
+        merged += f"   retention {receipt.retention:.3f}"
+        if receipt.least_retention is not None:
+            least, module = receipt.least_retention
+            merged += f" (least {least:.2f}, {module})"
+    adapters = receipt.data["adapters"]
+    matched, modules = (sum(row[key] for row in adapters) for key in ("modules_matched", "modules"))
+    counts = receipt.counts
+    changes = f"{counts['changed']} tensors changed, {counts['copied']} copied"
+    if counts["added"]:
+        changes += f", {counts['added']} added"
+    lines = [f"{'merged':<10}{merged}", f"{'changed':<10}{matched}/{modules} modules   {changes}"]
+    if receipt.carried:
+        lines.append(f"{'carried':<10}{receipt.carried}")
+    return [*lines, f"{'wrote':<10}{out}   receipt {_receipt_path(receipt, out)}"]
+
+
+def _receipt_path(receipt: Receipt, out: str) -> str:
+    """The receipt's path in the user's own words for OUT."""
+    inside = receipt.path.parent == receipt.out
+    return os.path.join(out if inside else os.path.dirname(out), receipt.path.name)
+
+
+def _module_lines(sink: Sink, receipt: Receipt) -> list[str]:
+    """Every module's retention, the least first."""
+    modules = (receipt.data.get("retention") or {}).get("modules") or {}
+    rows = sorted((float(value), name) for name, value in modules.items() if value is not None)
+    return sink.table([(name, f"{value:.4f}") for value, name in rows], header=("module", "retention")) if rows else []
+
+
+def _document(receipt: Receipt, out: str) -> dict[str, Any]:
+    adapters = receipt.data.get("adapters") or []
+    return {
+        "out": out,
+        "receipt": _receipt_path(receipt, out),
+        "tensors_changed": receipt.counts["changed"],
+        "tensors_copied": receipt.counts["copied"],
+        "tensors_added": receipt.counts["added"],
+        "modules": sum(a.get("modules", 0) for a in adapters),
+        "modules_matched": sum(a.get("modules_matched", 0) for a in adapters),
+        "retention": receipt.retention,
+        "least_retention": None
+        if receipt.least_retention is None
+        else {"module": receipt.least_retention[1], "retention": receipt.least_retention[0]},
+        "seconds": receipt.seconds,
+        "bytes_written": receipt.bytes_written,
+        "gb_per_s": _speed(receipt),
+        "notes": list(receipt.notes),
+    }

@@ -1,0 +1,184 @@
+"""Shared options: a flag is written here once, so that it means the same in every command that takes it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import click
+
+from loramerge.cli.sink import Sink
+from loramerge.errors import UsageError
+
+T = TypeVar("T")
+Function = Callable[..., Any]
+
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_WEIGHTED = re.compile(r"(.*)=([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(?::\d+)?")
+
+
+def parse_size(text: str) -> int:
+    """Bytes: ``"2GB"`` (10^9), ``"1GiB"`` (2^30), ``"500 MB"``, ``"1000000"``.
+
+    Raises:
+        UsageError: ``usage.size``: it is no size, or less than a byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match[3] and not match[2]):
+        raise UsageError("usage.size", f"{text!r} is not a size", fix="write it as 2GB, 500MB or 1GiB")
+    nbytes = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()]
+    if not 1 <= nbytes < 2**63:
+        raise UsageError("usage.size", f"{text!r} is out of range", fix="write it as 2GB, 500MB or 1GiB")
+    return int(nbytes)
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """``"lora=0.7"`` -> ``("lora", 0.7)``, ``"lora"`` -> ``("lora", 1.0)``.
+
+    The weight is what follows the last `=`, if that is a number; a path that ends so is written ``a=0.5=1``.
+
+    Raises:
+        UsageError: ``usage.weight``: no path, or a number too large.
+    """
+    match = _WEIGHTED.fullmatch(text)
+    path, weight = (match[1], float(match[2])) if match else (text, 1.0)
+    if not path or not math.isfinite(weight):
+        problem = "has no path before its weight" if match and not path else "is no path and weight"
+        raise UsageError("usage.weight", f"{text!r} {problem}", fix="write ADAPTER=0.7")
+    return path, weight
+
+
+def parse_flags(text: str) -> tuple[bool, ...]:
+    """``"1,0,1"`` -> ``(True, False, True)``.
+
+    Raises:
+        UsageError: ``usage.enable-lora``.
+    """
+    values = {"1": True, "true": True, "0": False, "false": False}
+    parts = [part.strip().lower() for part in text.split(",")]
+    if not all(part in values for part in parts):
+        raise UsageError("usage.enable-lora", f"{text!r} is not a list of 0 and 1", fix="--enable-lora 1,0,1")
+    return tuple(values[part] for part in parts)
+
+
+def parse_device(text: str) -> str:
+    """``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UsageError: ``usage.device``.
+    """
+    if not _DEVICE.fullmatch(text):
+        raise UsageError("usage.device", f"there is no device {text!r}", fix="--device auto, cpu, cuda, cuda:N or mps")
+    return text
+
+
+class Parsed(click.ParamType, Generic[T]):  # type: ignore[type-arg]  # generic in stubs only, before click 8.5
+    """An option's type by one of the functions above."""
+
+    def __init__(self, name: str, parse: Callable[[str], T]) -> None:
+        self.name = name
+        self.parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> T | Any:
+        return self.parse(value) if isinstance(value, str) else value
+
+
+SIZE = Parsed("size", parse_size)
+ADAPTER = Parsed("adapter", parse_adapter)
+FLAGS = Parsed("flags", parse_flags)
+DEVICE = Parsed("device", parse_device)
+
+
+def common(function: Function) -> Function:
+    """`--json`, `-q`, `-v`, `--no-progress`: the command gets `sink` for them."""
+
+    @functools.wraps(function)
+    def with_sink(*args: Any, json: bool, quiet: bool, verbose: int, no_progress: bool, **kwargs: Any) -> Any:
+        if json and quiet:
+            raise UsageError("usage.modes", "--json and -q are two forms of the result", fix="give one of them")
+        if quiet and verbose:
+            raise UsageError("usage.modes", "-q and -v ask for opposite things", fix="give one of them")
+        return function(*args, sink=Sink(json, quiet, verbose, not no_progress), **kwargs)
+
+    for option in (
+        click.option("--no-progress", is_flag=True, help="Show no progress."),
+        click.option("-v", "--verbose", count=True, help="Show more detail."),
+        click.option("-q", "--quiet", is_flag=True, help="Print the one value that matters, and no warnings."),
+        click.option("--json", is_flag=True, help="Print the result as one JSON document."),
+    ):
+        with_sink = option(with_sink)
+    return with_sink
+
+
+def output(function: Function) -> Function:
+    """`-o`, `--force`."""
+    function = click.option("--force", is_flag=True, help="Replace OUT if it exists.")(function)
+    return click.option(
+        "-o",
+        "--out",
+        required=True,
+        metavar="OUT",
+        help="Where to write: a directory for a directory, a .safetensors file for a file.",
+    )(function)
+
+
+def selection(function: Function) -> Function:
+    """`--include`, `--exclude`."""
+    function = click.option(
+        "--exclude", multiple=True, metavar="GLOB", help="Leave out the names that match; may be repeated."
+    )(function)
+    return click.option(
+        "--include", multiple=True, metavar="GLOB", help="Take only the names that match; may be repeated."
+    )(function)
+
+
+def allow_pickle(function: Function) -> Function:
+    """`--allow-pickle`."""
+    return click.option(
+        "--allow-pickle", is_flag=True, help="Read .bin, .pt, .pth and .ckpt files too (through weights_only)."
+    )(function)
+
+
+def jobs(function: Function) -> Function:
+    """`--jobs`."""
+    return click.option(
+        "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads to use (default: as many as pay off)."
+    )(function)
+
+
+def max_memory(function: Function) -> Function:
+    """`--max-memory`."""
+    return click.option("--max-memory", type=SIZE, metavar="SIZE", help="Stay below this much memory, such as 2GB.")(
+        function
+    )
+
+
+def arithmetic(function: Function) -> Function:
+    """`--dtype`, `--compute-dtype`, `--device`."""
+    function = click.option(
+        "--device", type=DEVICE, default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Compute on."
+    )(function)
+    function = click.option(
+        "--compute-dtype",
+        type=click.Choice(["float32", "float64"]),
+        default="float32",
+        show_default=True,
+        help="Compute in.",
+    )(function)
+    return click.option(
+        "--dtype",
+        type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
+        default="keep",
+        show_default=True,
+        help="Floating-point type of the output; keep: each tensor's own.",
+    )(function)
+
+
+def dry_run(function: Function) -> Function:
+    """`--dry-run`."""
+    return click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")(function)
