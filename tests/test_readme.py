@@ -1,0 +1,124 @@
+"""Every command of the README runs as it stands there, and the wheel that its first command installs is complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loramerge import demo
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands() -> list[str]:
+    lines = [line.partition(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("loramerge ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's paths mean something."""
+    here = tmp_path_factory.mktemp("readme")
+    demo.run(here / "made")
+    (here / "base").symlink_to(here / "made" / "base")
+    for name, adapter in (
+        ("lora", "style"),
+        ("style", "style"),
+        ("tone", "tone"),
+        ("lora-a", "style"),
+        ("lora-b", "tone"),
+    ):
+        (here / name).symlink_to(here / "made" / adapter)
+    roberta = here / "roberta-base"
+    roberta.mkdir()
+    names = ["query", "value"]
+    base = {f"roberta.encoder.layer.0.attention.self.{n}.weight": torch.randn(8, 8) for n in names}
+    save_file(base, roberta / "model.safetensors")
+    factors = {}
+    for n in names:
+        path = f"roberta.encoder.layer.0.attention.self.{n}"
+        factors |= {f"{path}.lora_A": torch.randn(2, 8), f"{path}.lora_B": torch.randn(8, 2)}
+    torch.save(factors, here / "roberta_base_lora_mnli.bin")
+    return here
+
+
+def test_the_readme_has_commands() -> None:
+    verbs = {shlex.split(c)[1] for c in commands()}
+    assert verbs == {"merge", "verify", "inspect", "diff", "doctor", "demo"}
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_of_the_readme(command: str, folder: Path) -> None:
+    words = [sys.executable, "-m", "loramerge", *shlex.split(command)[1:]]
+    if "-o" in words and words[1 + words.index("-o")] == "./merged" and (folder / "merged").exists():
+        words.append("--force")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    expected = 1 if words[3] == "diff" else 0  # a merged model differs from its base
+    assert done.returncode == expected, done.stdout + done.stderr
+
+
+def test_python_of_the_readme(folder: Path) -> None:
+    (code,) = blocks("python")
+    program = "from safetensors.torch import load_file\nfrom pathlib import Path\nstate_dict = {}\n"
+    program += "for f in Path('base').glob('*.safetensors'): state_dict |= load_file(f)\n" + code
+    program += "\nassert report['ok'] and merged.keys() == state_dict.keys()\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace('"merged"', '"merged-py"')],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments"),
+    [
+        ("merge_two_adapters.py", ["base", "style", "tone", "example-out"]),
+        ("merge_state_dict.py", ["one.safetensors", "style"]),
+    ],
+)
+def test_example_runs(example: str, arguments: list[str], folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if "one.safetensors" in arguments and not (folder / "one.safetensors").exists():
+        make = [sys.executable, "-m", "loramerge", "merge", "base", "tone", "-o", "one.safetensors", "-q"]
+        subprocess.run(make, cwd=folder, env=environment, check=True)
+    words = [sys.executable, str(ROOT / "examples" / example), *arguments]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed" in done.stdout
+
+
+def test_the_wheel_holds_the_formats(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    formats = {p.relative_to(ROOT / "formats").as_posix() for p in (ROOT / "formats").rglob("*.toml")}
+    held = tmp_path / "installed" / "loramerge" / "_formats"
+    assert formats and formats == {p.relative_to(held).as_posix() for p in held.rglob("*.toml")}
+    program = "from loramerge.adapters.dialect import dialects; print(len(dialects()))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == 0 and int(found.stdout) > 0, found.stderr
