@@ -264,29 +264,33 @@ def _carry_out(
 
     choose_device(options.device)
     started = time.monotonic()
-    with Output(destination, "file" if single else "directory", options.force, companions) as output:
-        sink = _FileSink(output.directory, options.link)
-        try:
-            results = stream(plan, sink, jobs=plan.jobs, device=options.device, progress=progress)
-        except BaseException:
-            sink.abort()
-            raise
-        side = _write_side_files(plan, output.directory, options)
-        if plan.index_name is not None:
-            content = _index(plan)
-            write_small_file(output.directory / plan.index_name, content)
-            side.append(_row(output.directory, plan.index_name, "loramerge"))
-        notes = list(plan.notes)
-        unchanged = sum(1 for step in plan.steps if results[step.tensor].unchanged)
-        if unchanged and unchanged == sum(1 for step in plan.steps if step.do == "change"):
-            notes.append("every update is zero: the result equals the base")
-        adapter_rows = receipts.adapter_data(plan)
-        data = receipts.receipt_data(plan, results, adapter_rows, sink.rows(plan), side, notes, version)
-        write_small_file(output.directory / receipt_at.name, receipts.encode(data))
-        plan.base.check_unchanged()
-        for adapter, _ in plan.adapters:
-            adapter.checkpoint.check_unchanged()
-        output.commit()
+    output = Output(destination, "file" if single else "directory", options.force, companions)
+    try:
+        with output:
+            sink = _FileSink(output.directory, options.link)
+            try:
+                results = stream(plan, sink, jobs=plan.jobs, device=options.device, progress=progress)
+            except BaseException:
+                sink.abort()
+                raise
+            side = _write_side_files(plan, output.directory, options)
+            if plan.index_name is not None:
+                content = _index(plan)
+                write_small_file(output.directory / plan.index_name, content)
+                side.append(_row(output.directory, plan.index_name, "loramerge"))
+            notes = list(plan.notes)
+            unchanged = sum(1 for step in plan.steps if results[step.tensor].unchanged)
+            if unchanged and unchanged == sum(1 for step in plan.steps if step.do == "change"):
+                notes.append("every update is zero: the result equals the base")
+            adapter_rows = receipts.adapter_data(plan)
+            data = receipts.receipt_data(plan, results, adapter_rows, sink.rows(plan), side, notes, version)
+            write_small_file(output.directory / receipt_at.name, receipts.encode(data))
+            plan.base.check_unchanged()
+            for adapter, _ in plan.adapters:
+                adapter.checkpoint.check_unchanged()
+            output.commit()
+    finally:
+        output.close()
     total = data["retention"]["total"]
     least = data["retention"]["least"]
     if output.leftover is not None:

@@ -168,22 +168,24 @@ class _Run:
         precision_before = torch.get_float32_matmul_precision()
         torch.set_num_threads(1)  # workers run over blocks; threads inside an operation would only wait for one another
         torch.set_float32_matmul_precision("highest")
-        workers = [threading.Thread(target=self._worker, daemon=True) for _ in range(self.jobs)]
+        # Waited for by events, not by Thread.join: a signal during a join makes CPython take the thread for finished
+        # (bpo-45274), and it would go on writing into what is being cleaned up.
+        gone = [threading.Event() for _ in range(self.jobs)]
+        workers = [threading.Thread(target=self._worker, args=(event,), daemon=True) for event in gone]
         try:
             for worker in workers:
                 worker.start()
             last = 0.0
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.05)
+            for event in gone:
+                while not event.wait(0.05):
                     if progress is not None and time.monotonic() - last > 0.1:
                         last = time.monotonic()
                         progress(self.done, self.total)
         finally:
             self.stop.set()
-            for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
+            for worker, event in zip(workers, gone, strict=True):
+                if worker.ident is not None:  # else it never ran, or will see `stop` before anything else
+                    event.wait()
             torch.set_num_threads(threads_before)
             torch.set_float32_matmul_precision(precision_before)
         if self.error is not None:
@@ -192,7 +194,7 @@ class _Run:
             progress(self.total, self.total)
         return self.results
 
-    def _worker(self) -> None:
+    def _worker(self, gone: threading.Event) -> None:
         lane: Lane | None = None
         try:
             with torch.inference_mode():
@@ -212,6 +214,7 @@ class _Run:
         finally:
             if lane is not None:
                 lane.close()
+            gone.set()
 
     def _lane(self) -> Lane:
         longest, widest = BLOCK_BYTES, BLOCK_BYTES

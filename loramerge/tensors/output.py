@@ -368,14 +368,25 @@ class Output:
                 raise _exists(self.dest)
             stem, suffix = _stem(self._place), _suffix()
             self._aside = self._place.with_name(f"{stem}.old-{suffix}")
-            partial = self._place.with_name(f"{stem}.partial-{suffix}")
-            os.mkdir(partial)
-        self._partial = partial
+            # Named before it is made: a signal may raise between any two of these lines.
+            self._partial = self._place.with_name(f"{stem}.partial-{suffix}")
+            try:
+                os.mkdir(self._partial)
+            except BaseException:
+                self.close()
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes what was built and not committed. Safe to call again.
+
+        For a caller's own ``finally``: a signal can raise after ``__enter__`` and before the ``with`` block.
+        """
         if self._old is not None:
             # Interrupted between the two renames, or just after them.
             with contextlib.suppress(OSError):
