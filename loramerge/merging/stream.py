@@ -212,9 +212,11 @@ class _Run:
                     self.error = error
             self.stop.set()
         finally:
-            if lane is not None:
-                lane.close()
-            gone.set()
+            try:
+                if lane is not None:
+                    lane.close()
+            finally:
+                gone.set()
 
     def _lane(self) -> Lane:
         longest, widest = BLOCK_BYTES, BLOCK_BYTES
