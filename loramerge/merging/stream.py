@@ -186,6 +186,7 @@ class _Run:
             for worker, event in zip(workers, gone, strict=True):
                 if worker.ident is not None:  # else it never ran, or will see `stop` before anything else
                     event.wait()
+                    worker.join()  # a daemon thread that is still ending when Python ends makes C++ terminate
             torch.set_num_threads(threads_before)
             torch.set_float32_matmul_precision(precision_before)
         if self.error is not None:
