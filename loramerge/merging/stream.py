@@ -171,7 +171,9 @@ class _Run:
         # Waited for by events, not by Thread.join: a signal during a join makes CPython take the thread for finished
         # (bpo-45274), and it would go on writing into what is being cleaned up.
         gone = [threading.Event() for _ in range(self.jobs)]
-        workers = [threading.Thread(target=self._worker, args=(event,), daemon=True) for event in gone]
+        # Not daemons: one that a signal caught while it started is not waited for below, and a daemon thread that
+        # is still ending when Python ends makes C++ terminate.
+        workers = [threading.Thread(target=self._worker, args=(event,)) for event in gone]
         try:
             for worker in workers:
                 worker.start()
@@ -186,7 +188,7 @@ class _Run:
             for worker, event in zip(workers, gone, strict=True):
                 if worker.ident is not None:  # else it never ran, or will see `stop` before anything else
                     event.wait()
-                    worker.join()  # a daemon thread that is still ending when Python ends makes C++ terminate
+                    worker.join()
             torch.set_num_threads(threads_before)
             torch.set_float32_matmul_precision(precision_before)
         if self.error is not None:
