@@ -9,11 +9,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loramerge.adapters.adapter import Adapter, Factor, Module, open_adapter, read_config
+from loramerge.adapters.adapter import Adapter, Module
+from loramerge.adapters.config import metadata_of, read_config
 from loramerge.adapters.dialect import detect, dialects, weight_names
+from loramerge.adapters.kinds import KINDS
+from loramerge.adapters.kinds.magnitude import MAGNITUDES
+from loramerge.adapters.opening import open_adapter
 from loramerge.errors import InputError, LoramergeError
 from loramerge.tensors import strictjson
-from loramerge.tensors.checkpoint import PICKLE_SUFFIXES, Checkpoint, PickleReader, open_checkpoint
+from loramerge.tensors.checkpoint import PICKLE_SUFFIXES, Checkpoint, Component, PickleReader, open_checkpoint
 from loramerge.tensors.dtypes import display, is_float
 from loramerge.tensors.safetensors import TensorInfo
 from loramerge.tensors.source import FileSource, stat_file
@@ -100,13 +104,15 @@ def inspect(source: str | Path, *, read_pickle: PickleReader | None = None) -> d
 
 
 def _is_adapter(checkpoint: Checkpoint) -> bool:
+    if checkpoint.components:
+        return False
     if any(_ADAPTER_FILE.fullmatch(file.name) for file in checkpoint.files):
         return True
     config = checkpoint.config or {}
     # A few models were released with their own LoRA factors inside: their config says that they are models.
     if "architectures" in config or "model_type" in config:
         return False
-    return detect(checkpoint.tensors, None) is not None or bool(_factors(checkpoint.tensors))
+    return detect(checkpoint.tensors, None, metadata_of(checkpoint)) is not None or bool(_factors(checkpoint.tensors))
 
 
 def _factors(keys: Iterable[str]) -> list[str]:
@@ -164,7 +170,7 @@ def _describe_adapter(checkpoint: Checkpoint, read_pickle: PickleReader | None) 
     flags, ``modules`` (how many), ``kinds``, ``targets``, ``module_list``, ``plain``, ``harmless``."""
     path = _adapter_path(checkpoint)
     config = _adapter_config(checkpoint) or {}
-    dialect = detect(checkpoint.tensors, config or None)
+    dialect = detect(checkpoint.tensors, config or None, metadata_of(checkpoint))
     fields = {} if dialect is None else dialect.config
     data: dict[str, Any] = {
         "dialect": None if dialect is None else dialect.name,
@@ -203,7 +209,8 @@ def _adapter_path(checkpoint: Checkpoint) -> Path:
 def _adapter_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The config beside the weights, if it can be read; `open_adapter` says what is wrong where it cannot."""
     try:
-        return read_config(checkpoint)[0]
+        found = read_config(checkpoint)
+        return None if found is None else dict(found.fields)
     except LoramergeError:
         return None
 
@@ -215,17 +222,18 @@ def _describe_opened(adapter: Adapter) -> dict[str, Any]:
         "title": adapter.dialect.title,
         "type": settings.get("type"),
         "version": settings.get("version"),
-        "base": settings.get("base"),
+        "base": settings.get("base") or settings.get("trained-on"),
+        "family_hint": settings.get("family-hint"),
         "task": settings.get("task"),
         "mergeable": True,
         "rslora": bool(settings.get("rslora")),
-        "dora": any("magnitude" in module.factors for module in adapter.modules),
+        "dora": any(MAGNITUDES.keys() & module.factors.keys() for module in adapter.modules),
         "bias": settings.get("bias", "none"),
         "lora_bias": any("bias" in module.factors for module in adapter.modules),
         "modules_to_save": list(settings.get("modules-to-save") or ()),
         "modules": len(adapter.modules),
         "kinds": dict(Counter(_kind(module) for module in adapter.modules)),
-        "targets": dict(Counter(module.path.rpartition(".")[2] for module in adapter.modules).most_common()),
+        "targets": dict(Counter(_target(module.path) for module in adapter.modules).most_common()),
         "plain": [plain.factor.key for plain in adapter.plain],
         "harmless": list(adapter.harmless),
     }
@@ -258,8 +266,13 @@ def _describe_opened(adapter: Adapter) -> dict[str, Any]:
     return data if refused is None else data | _refusal(refused)
 
 
+def _target(path: str) -> str:
+    """The last segment of a path; of a flattened one all of it, `N` for the number of a block."""
+    return path.rpartition(".")[2] if "." in path else re.sub(r"(?<=_)\d+(?=_)", "N", path)
+
+
 def _kind(module: Module) -> str:
-    if "magnitude" in module.factors:
+    if MAGNITUDES.keys() & module.factors.keys():
         return f"{module.kind} with DoRA"
     return f"{module.kind} embedding" if "embedding-A" in module.factors else module.kind
 
@@ -269,12 +282,19 @@ def _shapes(module: Module) -> dict[str, list[int]]:
 
 
 def _strength(adapter: Adapter, module: Module) -> dict[str, Any]:
-    """Rank, alpha and scale of one low-rank module."""
-    down: Factor | None = module.factors.get("A") or module.factors.get("embedding-A")
-    up: Factor | None = module.factors.get("B") or module.factors.get("embedding-B")
-    if down is None or up is None:
+    """Rank, alpha and scale of one module, as far as its kind has them."""
+    kind = KINDS.get(module.kind)
+    if kind is None or not kind.scaled:
         return {}
-    rows, columns = down.shape[0], up.shape[1]
+    if module.kind != "low-rank":
+        known = (*kind.required, *kind.optional)
+        rank = kind.rank({name: f.shape for name, f in module.factors.items() if name in known})
+        return {} if rank is None else _scaled(adapter, module, rank, 1)
+    a, b = ("embedding-A", "embedding-B") if "embedding-A" in module.factors else ("A", "B")
+    down, up = module.factors[a].shape, module.factors[b].shape
+    if len(down) == 3 and "axis" in adapter.dialect.experts:  # one layer an expert
+        return _scaled(adapter, module, down[1], 1) | {"experts": max(down[0], up[0])}
+    rows, columns = down[0], up[1]
     # A of a grouped linear (loralib's MergedLinear) has the rows of all its slots, B has one rank of columns.
     # Factors of stacked experts have as many times the rank on both sides as there are experts.
     rank, stacked = columns, 1
@@ -282,10 +302,19 @@ def _strength(adapter: Adapter, module: Module) -> dict[str, Any]:
     if rows == columns and adapter.settings.get("target-parameters") and claimed and rows % claimed == 0:
         stacked = int(rows // claimed)
         rank = rows // stacked
-    scale = adapter.scale(module.path, rank * stacked, stacked=stacked)
-    alpha = adapter.alpha_pattern.lookup(module.path)
-    alpha = adapter.settings.get("alpha") if alpha is None else alpha
-    return {"rank": rank, "alpha": alpha, "scale": scale} | ({"experts": stacked} if stacked > 1 else {})
+    return _scaled(adapter, module, rank, stacked) | ({"experts": stacked} if stacked > 1 else {})
+
+
+def _scaled(adapter: Adapter, module: Module, rank: int, stacked: int) -> dict[str, Any]:
+    own = None if "alpha" in getattr(KINDS[module.kind], "optional", ()) else adapter.alpha(module)
+    scale = adapter.scale(module.path, rank * stacked, stacked=stacked, own=own)
+    section = adapter.section(module.path)
+    alpha = own
+    if alpha is None:
+        alpha = section.alpha_pattern.lookup(module.path.removeprefix(section.prefix))
+    if alpha is None:
+        alpha = section.settings.get("alpha")
+    return {"rank": rank, "alpha": alpha, "scale": scale}
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
@@ -293,14 +322,16 @@ def _strength(adapter: Adapter, module: Module) -> dict[str, Any]:
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """``model_type``, ``architectures``, ``layers``, ``tied_embeddings`` (None: not said), ``quantised``
-    (the format or None), ``index``, ``config_dtype``, ``receipt`` (what was merged into it, or None)."""
+    (the format or None), ``index``, ``config_dtype``, ``receipt`` (what was merged into it, or None),
+    ``models`` of a pipeline (``folder``, ``class``, ``files``, ``tensors``, ``bytes``, ``parameters``, ``dtypes``,
+    ``quantised``)."""
     config = checkpoint.config or {}
     text = config.get("text_config")
     inner: Mapping[str, Any] = text if isinstance(text, dict) else {}
     tied = config.get("tie_word_embeddings", inner.get("tie_word_embeddings"))
     architectures = config.get("architectures")
     notes = []
-    if checkpoint.config is None:
+    if checkpoint.config is None and not checkpoint.components:
         notes.append("there is no config.json: names and shapes are all there is to go by")
     factors = _factors(checkpoint.tensors)
     if factors:
@@ -318,10 +349,26 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "layers": config.get("num_hidden_layers", inner.get("num_hidden_layers")),
         "config_dtype": config.get("dtype") or config.get("torch_dtype") or None,
         "tied_embeddings": tied if isinstance(tied, bool) else None,
-        "quantised": _quantised(checkpoint),
+        "quantised": next(filter(None, (_quantised(model.checkpoint) for model in checkpoint.models)), None),
         "index": checkpoint.index_name,
         "receipt": receipt,
+        "models": [_describe_component(component) for component in checkpoint.components],
         "notes": notes + complaint,
+    }
+
+
+def _describe_component(component: Component) -> dict[str, Any]:
+    checkpoint = component.checkpoint
+    infos = [located.info for located in checkpoint.tensors.values()]
+    return {
+        "folder": component.folder,
+        "class": component.class_name,
+        "files": len(checkpoint.files),
+        "tensors": len(infos),
+        "bytes": checkpoint.nbytes,
+        "parameters": sum(info.numel for info in infos),
+        "dtypes": _histogram(infos),
+        "quantised": _quantised(checkpoint),
     }
 
 

@@ -192,21 +192,47 @@ def test_half_a_pair_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "keys"),
+    ("name", "keys", "dialect", "kind"),
     [
-        ("pytorch_lora_weights.safetensors", {"unet.down.to_q.lora.down.weight": (2, 4)}),
-        ("style.safetensors", {"lora_unet_down_blocks_0_to_q.lora_down.weight": (2, 4)}),
-        ("style.safetensors", {"lycoris_blocks_0.lokr_w1": (2, 4)}),
-        ("style.safetensors", {"lora_te_layers_0.hada_w1_a": (2, 4)}),
-        ("adapters.safetensors", {"model.layers.0.self_attn.q_proj.lora_a": (4, 2)}),
+        (
+            "pytorch_lora_weights.safetensors",
+            {"unet.down.to_q.lora.down.weight": (2, 4), "unet.down.to_q.lora.up.weight": (4, 2)},
+            "diffusers",
+            "low-rank",
+        ),
+        (
+            "style.safetensors",
+            {
+                "lora_unet_down_blocks_0_to_q.lora_down.weight": (2, 4),
+                "lora_unet_down_blocks_0_to_q.lora_up.weight": (4, 2),
+            },
+            "kohya",
+            "low-rank",
+        ),
+        (
+            "style.safetensors",
+            {f"lora_te_layers_0.hada_{name}": (2, 2) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+            "lycoris",
+            "hadamard",
+        ),
     ],
 )
-def test_dialects_that_are_not_known_are_adapters_all_the_same(tmp_path: Path, name: str, keys: Shapes) -> None:
+def test_a_dialect_without_config_is_told_by_its_names(
+    tmp_path: Path, name: str, keys: Shapes, dialect: str, kind: str
+) -> None:
     path = weights(tmp_path / "lora" / name, keys)
     for source in (path, path.parent):
         data = inspect(source)
-        assert (data["kind"], data["mergeable"]) == ("adapter", False)
-        assert data["why"] and data["dialect"] in (None, "peft", "loralib")
+        assert (data["kind"], data["mergeable"], data["dialect"]) == ("adapter", True, dialect)
+        assert data["kinds"] == {kind: 1} and data["rank"] == [2, 2] and data["scale"] == [1.0, 1.0]
+
+
+def test_an_adapter_of_a_dialect_that_is_not_known_is_an_adapter_all_the_same(tmp_path: Path) -> None:
+    path = weights(tmp_path / "lora" / "adapters.safetensors", {"blocks.0.lora_A.magic": (2, 4)})
+    for source in (path, path.parent):
+        data = inspect(source)
+        assert (data["kind"], data["mergeable"], data["dialect"]) == ("adapter", False, None)
+        assert data["why"]
 
 
 def test_a_pickled_adapter_needs_permission(tmp_path: Path) -> None:
