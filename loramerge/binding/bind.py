@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from loramerge.adapters.adapter import FACTOR_DTYPES, Adapter, Factor, Module
-from loramerge.adapters.updates import Difference, DoRA, LowRank, TokenRows
+from loramerge.adapters.kinds import KINDS
+from loramerge.adapters.kinds.base import Context
+from loramerge.adapters.kinds.magnitude import MAGNITUDES
+from loramerge.adapters.updates import ByKind, Difference, DoRA, LowRank, Pick, TokenRows
+from loramerge.adapters.views import whole_view
 from loramerge.binding import tie
+from loramerge.binding.arrangement import arranged_target, rule_of, slot_updates
 from loramerge.binding.binding import Binding, Matches
 from loramerge.binding.families import families
-from loramerge.binding.namespace import Namespace, Slot
-from loramerge.binding.parameters import bind_plain, check_saved
-from loramerge.binding.shapes import low_rank, stacked_low_rank
+from loramerge.binding.kinds import by_kind
+from loramerge.binding.leads import uneven_leads
+from loramerge.binding.namespace import Namespace, Slot, Target
+from loramerge.binding.parameters import bind_difference, bind_plain, bind_replacement, check_saved
+from loramerge.binding.shapes import low_rank, low_rank_view, stacked_low_rank
 from loramerge.errors import InputError, LoramergeError, MismatchError, UnsupportedError
 from loramerge.tensors.dtypes import display
 from loramerge.tensors.text import plural, quoted, some
@@ -80,7 +87,7 @@ def _bind(
     allow_unmatched: bool,
     base_name: str,
 ) -> Binding:
-    names = Namespace(slots, families(), config.get("model_type"))
+    names = Namespace(slots, families(), config)
     binding = Binding(names)
     _note_base(binding, config, adapters, base_name)
     _replicate(binding, adapters, config)
@@ -99,7 +106,7 @@ def _bind(
             keys = {factor.key for factor in module.factors.values()}
             if not selected(module.path):
                 matches.excluded |= keys
-            elif why := _bind_module(binding, adapter, index, weight, module, base):
+            elif why := _bind_module(binding, adapter, index, weight, module, base, matches):
                 matches.unmatched |= dict.fromkeys(sorted(keys), why)
             else:
                 matches.matched += 1
@@ -107,6 +114,8 @@ def _bind(
         _check_matches(binding, adapter, matches, allow_unmatched, base_name)
         check_saved(adapter, matches)
         _note_patterns(binding, adapter)
+        notes = uneven_leads(names, (f"{m.path}.{m.leaf or adapter.dialect.leaves[0]}" for m in adapter.modules))
+        binding.notes += [f"{adapter.name}: {note}" for note in notes]
     tie.settle(binding, pairs, adapters, config)
     tie.patch_config(binding, adapters, config)
     return binding
@@ -139,12 +148,28 @@ def _replicate(binding: Binding, adapters: Sequence[tuple[Adapter, float]], conf
 
 
 def _bind_module(
-    binding: Binding, adapter: Adapter, index: int, weight: float, module: Module, base: _Base
+    binding: Binding,
+    adapter: Adapter,
+    index: int,
+    weight: float,
+    module: Module,
+    base: _Base,
+    matches: Matches,
 ) -> str | None:
     """Binds the factors of one module. Returns None, or why it has no home."""
     names = binding.names
     if module.kind == "token-rows":
         return _bind_token_rows(binding, adapter, index, weight, module)
+    if module.kind == "difference":
+        return bind_difference(binding, adapter, index, weight, module)
+    if module.kind == "replacement":
+        return bind_replacement(binding, adapter, index, weight, module, matches)
+    if module.kind not in KINDS:
+        raise UnsupportedError(
+            "adapter.kind",
+            f"{quoted(module.path)} is of the kind {module.kind}, which no weight can hold or which is not known",
+            file=adapter.name,
+        )
     parameters = _stacked_parameters(adapter, module, names)
     if module.depth < len(parameters):
         # The last parameter is wrapped outermost and has the short name (reference: dialect's [experts] table).
@@ -155,50 +180,167 @@ def _bind_module(
                 _check_weight(names[stored], base)
                 binding.update(stored, update)
             return None
-    for leaf in adapter.dialect.leaves:
-        name = names.find(f"{module.path}.{leaf}")
-        if name is not None:
-            break
-    else:
+    if (layers := _layers(adapter, module)) is not None:
+        return _bind_layers(binding, adapter, index, weight, module, layers, base)
+    rule = rule_of(adapter, module, names)
+    if rule is not None and "slots" in rule and module.kind == "low-rank":
+        return _bind_slots(binding, adapter, index, weight, module, rule, base)
+    target = _target(binding, adapter, module)
+    if target is None:
         packed = names.find(f"{module.path}.qweight") or names.find(f"{module.path}.weight_packed")
         if packed is not None:
             raise _quantised(packed, "packed codes", base)
         return names.hint(f"{module.path}.weight")
-    slot = _current(binding, name)
-    _check_weight(slot, base)
-    lows = low_rank(adapter, index, weight, module, slot, names)
-    magnitude = module.factors.get("magnitude")
-    if magnitude is not None:
-        _bind_dora(binding, adapter, module, slot, lows, magnitude)
-    else:
-        for low in lows:
-            binding.update(name, low)
+    for part in target.view.parts:
+        _check_weight(names[part.tensor], base)
+    if rule is not None:
+        target = arranged_target(adapter, module, target, rule, names)
+    target = _grown(binding, adapter, module, target)
+    scale = None
     bias = module.factors.get("bias")
-    if bias is not None:
-        _bind_lora_bias(binding, adapter, module, bias, lows[0].scale)
+    if module.kind == "low-rank" and _streams(adapter, module, target):
+        if target.stored is not None:
+            slot = _current(binding, target.stored)
+            lows = low_rank(adapter, index, weight, module, slot, names)
+        else:
+            lows = low_rank_view(adapter, index, weight, module, target.view)
+        magnitude = module.factors.get("magnitude")
+        if magnitude is not None:
+            _bind_dora(binding, adapter, module, _current(binding, lows[0].part.tensor), lows, magnitude)
+        else:
+            for low in lows:
+                binding.update(low.part.tensor, low)
+        scale = lows[0].scale
+    else:
+        for stored, change in by_kind(adapter, index, weight, module, target, names):
+            binding.update(stored, change)
+            scale = change.context.scale * weight
+    if bias is not None and scale is not None:
+        _bind_lora_bias(binding, adapter, module, bias, scale)
+    return None
+
+
+def _bind_slots(
+    binding: Binding,
+    adapter: Adapter,
+    index: int,
+    weight: float,
+    module: Module,
+    rule: Mapping[str, Any],
+    base: _Base,
+) -> str | None:
+    """Binds the trained parts of a fused module. Returns None, or why it has no home."""
+    lows = slot_updates(adapter, index, weight, module, rule, binding.names)
+    if lows is None:
+        return binding.names.hint(f"{module.path}.weight")
+    for low in lows:
+        _check_weight(binding.names[low.part.tensor], base)
+        binding.update(low.part.tensor, low)
+    return None
+
+
+def _target(binding: Binding, adapter: Adapter, module: Module) -> Target | None:
+    """Where the weight of a module lies, with the shape of a tensor that replaces it."""
+    names = binding.names
+    leaves = (module.leaf,) if module.leaf else adapter.dialect.leaves
+    for leaf in leaves:
+        target = names.target(f"{module.path}.{leaf}", adapter.dialect.flat)
+        if target is None:
+            continue
+        if target.stored is not None and target.stored in {**binding.replaced, **binding.grown}:
+            return Target(whole_view(target.stored, _current(binding, target.stored).shape), target.stored)
+        return target
+    return None
+
+
+def _grown(binding: Binding, adapter: Adapter, module: Module, target: Target) -> Target:
+    """The target as large as the adapter needs it: where its file says so (a factor `shape`), or where its dialect
+    widens layers of the base (`[path] grows`)."""
+    if target.stored is None:
+        return target
+    shape = binding.names[target.stored].shape if target.stored not in binding.grown else binding.grown[target.stored]
+    if "shape" in module.factors:
+        wanted = tuple(int(n) for n in module.factors["shape"].numbers(adapter.name))
+    elif adapter.dialect.grows and {"A", "B"} <= module.factors.keys() and len(shape) == 2:
+        wanted = (module.factors["B"].shape[0], module.factors["A"].shape[1])
+    else:
+        return target
+    if wanted == shape:
+        return target
+    if len(wanted) != len(shape) or any(new < old for old, new in zip(shape, wanted, strict=True)):
+        raise MismatchError(
+            "adapter.shape",
+            f"{quoted(module.path)} wants its weight padded from {shape} to {wanted}",
+            file=adapter.name,
+            tensors=[target.stored],
+        )
+    binding.grown[target.stored] = wanted
+    binding.notes.append(
+        f"{quoted(target.stored)} grows from {shape} to {wanted} with zeros, as the adapter was trained; "
+        "a config that states its width must be changed to match"
+    )
+    return Target(whole_view(target.stored, wanted), target.stored)
+
+
+def _streams(adapter: Adapter, module: Module, target: Target) -> bool:
+    """Whether a low-rank pair goes through the updates that stream it best; `by_kind` does what is rarer."""
+    if not MAGNITUDES.keys() & module.factors.keys():
+        return True
+    return "magnitude" in module.factors and target.stored is not None
+
+
+def _layers(adapter: Adapter, module: Module) -> int | None:
+    """How many experts have their own layer of a factor (n, ., .), where the dialect keeps experts so."""
+    if "axis" not in adapter.dialect.experts or module.kind != "low-rank":
+        return None
+    sizes = {module.factors[name].shape[0] for name in ("A", "B") if len(module.factors[name].shape) == 3}
+    return max(sizes, default=None)
+
+
+def _bind_layers(
+    binding: Binding, adapter: Adapter, index: int, weight: float, module: Module, count: int, base: _Base
+) -> str | None:
+    """Factors with an axis for experts: A (E or 1, r, in), B (E or 1, out, r), one module for each expert."""
+    names, segment = binding.names, adapter.dialect.experts["axis"]
+    head, _, tail = module.path.rpartition(f".{segment}.")
+    if not head:
+        return f"{quoted(module.path)} has factors with three axes and is no expert"
+    if count == 1:  # both factors shared by all experts
+        while names.target(f"{head}.{segment}.{count}.{tail}.weight") is not None:
+            count += 1
+    for e in range(count):
+        path = f"{head}.{segment}.{e}.{tail}.weight"
+        target = names.target(path)
+        if target is None:
+            return names.hint(path)
+        for low in low_rank_view(adapter, index, weight, module, target.view, Pick("layer", e, count)):
+            _check_weight(names[low.part.tensor], base)
+            binding.update(low.part.tensor, low)
     return None
 
 
 def _current(binding: Binding, name: str) -> Slot:
     """The slot as updates see it: with the shape of a tensor that replaces it."""
     slot, new = binding.names[name], binding.replaced.get(name)
-    return slot if new is None else Slot(slot.name, slot.source, slot.dtype, new.factor.shape)
+    shape = slot.shape if new is None else new.factor.shape
+    return Slot(slot.name, slot.source, slot.dtype, binding.grown.get(name, shape))
 
 
 def _bind_dora(
     binding: Binding, adapter: Adapter, module: Module, slot: Slot, lows: list[LowRank], magnitude: Factor
 ) -> None:
     low = lows[0]
-    channels = low.place.cols if low.flipped else low.place.rows
+    place, flipped = low.part.place, low.part.flipped
+    channels = place.cols if flipped else place.rows
     numel = magnitude.info.numel
-    if len(lows) != 1 or numel != channels or low.place.rows * low.place.cols != _numel(slot.shape):
+    if len(lows) != 1 or numel != channels or place.rows * place.cols != _numel(slot.shape):
         raise MismatchError(
             "adapter.shape",
             f"{quoted(module.path)}: a magnitude of {numel} for {channels} output channels",
             file=adapter.name,
             tensors=[magnitude.key],
         )
-    binding.update(slot.name, DoRA(low.adapter, module.path, low, magnitude.key, low.flipped))
+    binding.update(slot.name, DoRA(low.adapter, module.path, low, magnitude.key, flipped))
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -210,8 +352,8 @@ def _numel(shape: Sequence[int]) -> int:
 
 def _bind_lora_bias(binding: Binding, adapter: Adapter, module: Module, bias: Factor, scale: float) -> None:
     """`bias += s b` (peft 0.21.2, `lora_bias`)."""
-    name = binding.names.find(f"{module.path}.bias")
-    if name is None:
+    target = binding.names.target(f"{module.path}.bias", adapter.dialect.flat)
+    if target is None:
         raise UnsupportedError(
             "adapter.no-bias",
             f"{quoted(module.path)} trains a bias, the base has none there, and its architecture cannot hold one",
@@ -219,13 +361,19 @@ def _bind_lora_bias(binding: Binding, adapter: Adapter, module: Module, bias: Fa
             file=adapter.name,
             tensors=[bias.key],
         )
-    if bias.info.numel != _numel(binding.names[name].shape):
+    view = target.view
+    if bias.info.numel != view.rows * view.cols:
         raise MismatchError(
-            "adapter.shape",
-            f"{quoted(bias.key)} {bias.shape} does not fit {binding.names[name].shape}",
-            file=adapter.name,
+            "adapter.shape", f"{quoted(bias.key)} {bias.shape} does not fit {view.shape}", file=adapter.name
         )
-    binding.update(name, Difference(_index(binding), module.path, bias.key, scale))
+    index = _index(binding)
+    if target.stored is not None:
+        binding.update(target.stored, Difference(index, module.path, bias.key, scale))
+        return
+    context = Context(view.shape, weight=scale)
+    for i, part in enumerate(view.parts):
+        keys = (("diff", bias.key),)
+        binding.update(part.tensor, ByKind("difference", index, module.path, keys, context, view, i))
 
 
 def _index(binding: Binding) -> int:
@@ -242,7 +390,8 @@ def _stacked_parameters(adapter: Adapter, module: Module, names: Namespace) -> l
         owner, _, parameter = target.rpartition(".")
         if owner == module.path or module.path.endswith(f".{owner}") or not owner:
             found.add(parameter)
-    found.discard("weight")  # an ordinary 2-D parameter
+    if "weight" in found and names.find_stack(f"{module.path}.weight") is None:
+        found.discard("weight")  # an ordinary 2-D parameter
     order = list(adapter.dialect.experts.get("order", ()))
     unknown = sorted(p for p in found if p not in order)
     if len(unknown) > 1:

@@ -39,14 +39,16 @@ class Binding:
     """What adapters change in a base.
 
     `updates`: stored tensor -> updates in the order given. `replaced`: stored tensor -> the adapter's tensor that
-    takes its place (before updates). `added`: names that the base does not have. `untied`: new name -> the tensor
-    it was tied to. `config`: what the config must say now.
+    takes its place (before updates). `added`: names that the base does not have. `grown`: stored tensor -> the shape
+    that zeros pad it to before updates. `untied`: new name -> the tensor it was tied to. `config`: what the config must
+    say now.
     """
 
     names: Namespace
     updates: dict[str, list[Update]] = field(default_factory=dict)
     replaced: dict[str, Replaced] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
+    grown: dict[str, tuple[int, ...]] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     matches: list[Matches] = field(default_factory=list)

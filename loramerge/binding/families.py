@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
-from loramerge.formats import load_formats
+from loramerge.formats import extra_formats, load_formats
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,62 @@ class Tied:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """A weight whose rows are those of several modules in the other layout of its family."""
+
+    fused: str
+    """Module path by its last segments; with `{leaf}`, a parameter's path."""
+    parts: tuple[str, ...]
+    rows: tuple[str | int, ...]
+    """How high the parts are, to scale; names are sizes of the config, `*` multiplies. Empty: all the same."""
+    groups: str | int
+    """Groups of rows that each hold an equal share of every part: 1, or a size; `rows` for rows in turn."""
+    model_types: frozenset[str]
+    when: Mapping[str, Any]
+    """Fields of the config that must have these values, and what a config without them means."""
+    assumed: Mapping[str, Any]
+    like: str
+    """A module beside it with as many columns as the first part has rows, for a base without a config."""
+    rotary: frozenset[int]
+    """Parts whose rows the fused weight keeps in pairs, and the split one in two halves of each head."""
+    config: str
+    """The nested config that the sizes are in, where it is not the language model's."""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Paths that a model's code renames on loading: on disk, in memory. `*` is any segment, `^` the path's start."""
+
+    model_types: frozenset[str]
+    """Only these; empty for any."""
+    parts: tuple[tuple[str, str], ...]
+
+    def other(self, name: str) -> str:
+        """The name in the other of the two layouts; itself where it is the same in both."""
+        changed = _replaced(name, self._forward)
+        return changed if changed != name else _replaced(name, self._backward)
+
+    @cached_property
+    def _forward(self) -> list[tuple[re.Pattern[str], str]]:
+        return [_rule(disk, memory) for disk, memory in self.parts]
+
+    @cached_property
+    def _backward(self) -> list[tuple[re.Pattern[str], str]]:
+        return [_rule(memory, disk) for disk, memory in reversed(self.parts)]
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How models store stacked experts, where it is not (expert, gate then up, in)."""
+
+    model_types: frozenset[str]
+    transposed: bool
+    """(expert, in, out) on disk."""
+    alternating: bool
+    """Gate and up take turns."""
+
+
+@dataclass(frozen=True)
 class Families:
     """All tables of `formats/families/`, joined."""
 
@@ -34,7 +91,12 @@ class Families:
     stacks: tuple[tuple[str, tuple[str, ...]], ...]
     experts_transposed: frozenset[str]
     aliases: tuple[tuple[str, str, str], ...]
-    renamed: tuple[tuple[frozenset[str], tuple[tuple[str, str], ...]], ...]
+    renamed: tuple[Renamed, ...]
+    fused: tuple[Fused, ...]
+    sizes: Mapping[str, tuple[str, ...]]
+    nested: tuple[str, ...]
+    expert_layouts: tuple[ExpertLayout, ...]
+    expert_pair: tuple[str, str]
     layers: Mapping[str, Any]
     heads: tuple[Mapping[str, Any], ...]
 
@@ -57,9 +119,13 @@ class Families:
         return next((h for h in self.heads if any(m in segments for m in h["modules"])), None)
 
 
-@cache
 def families() -> Families:
     """The joined tables."""
+    return _families(extra_formats())
+
+
+@cache
+def _families(extra: str) -> Families:
     tables = load_formats("families")
 
     def rows(key: str) -> list[Mapping[str, Any]]:
@@ -69,6 +135,7 @@ def families() -> Families:
         return next((table[key] for table in tables if key in table), {})
 
     tie = only("tie")
+    pair = only("experts").get("pair", ("", ""))
     return Families(
         transposed=tuple((frozenset(r["model-types"]), frozenset(r["modules"])) for r in rows("transposed")),
         tied=tuple(
@@ -81,7 +148,55 @@ def families() -> Families:
         stacks=tuple((r["stacked"], tuple(r["rows"])) for r in rows("stack")),
         experts_transposed=frozenset(only("experts").get("transposed", ())),
         aliases=tuple((r["from"], r["to"], r.get("below", "")) for r in rows("alias")),
-        renamed=tuple((frozenset(r["model-types"]), tuple((a, b) for a, b in r["parts"])) for r in rows("renamed")),
+        renamed=tuple(
+            Renamed(frozenset(r.get("model-types", ())), tuple((a, b) for a, b in r["parts"])) for r in rows("renamed")
+        ),
+        fused=tuple(_fused(r) for r in rows("fused")),
+        sizes={name: tuple(fields) for name, fields in only("sizes").items()},
+        nested=tuple(only("nested").get("configs", ())),
+        expert_layouts=tuple(
+            ExpertLayout(frozenset(r["model-types"]), r.get("transposed", False), r.get("alternating", False))
+            for r in rows("expert-layout")
+        ),
+        expert_pair=(pair[0], pair[1]),
         layers=only("layers"),
         heads=tuple(rows("head")),
+    )
+
+
+def _rule(old: str, new: str) -> tuple[re.Pattern[str], str]:
+    """A pattern for `^.`, the path and a dot, and its replacement."""
+    old, new = (f"^.{side[1:]}" if side.startswith("^") and side != "^" else side for side in (old, new))
+    pattern = re.escape(old).replace(r"\*", r"([^.]+)")
+    count = 0
+
+    def group(_: re.Match[str]) -> str:
+        nonlocal count
+        count += 1
+        return rf"\g<{count}>"
+
+    before = "" if old.startswith("^") else r"(?<=\.)"
+    return re.compile(rf"{before}{pattern}(?=\.)"), re.sub(r"\*", group, new)
+
+
+def _replaced(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
+    text = f"^.{name}."
+    for pattern, new in rules:
+        text = pattern.sub(new, text, count=1)
+    return text[2:-1]
+
+
+def _fused(row: Mapping[str, Any]) -> Fused:
+    parts = tuple(row["parts"])
+    return Fused(
+        fused=row["fused"],
+        parts=parts,
+        rows=tuple(row.get("rows", ())),
+        groups=row.get("groups", 1),
+        model_types=frozenset(row.get("model-types", ())),
+        when=row.get("when", {}),
+        assumed=row.get("assumed", {}),
+        like=row.get("like", ""),
+        rotary=frozenset(parts.index(p) for p in row.get("rotary", ())),
+        config=row.get("config", ""),
     )

@@ -5,10 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
+from loramerge.adapters.views import View, whole_view
 from loramerge.binding.families import Families
+from loramerge.binding.fusions import Fusions
+from loramerge.binding.layouts import Layout, detect_layout
 from loramerge.errors import MismatchError
 from loramerge.tensors.text import quoted, some
 
@@ -35,6 +40,17 @@ class Stack:
     pieces: tuple[tuple[tuple[str, int, int], ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a parameter of an adapter lies in the base.
+
+    `stored`: the one tensor that it is as it lies, where it is one; whether that is (out, in) is then still open.
+    """
+
+    view: View
+    stored: str | None = None
+
+
 class Namespace:
     """Names, dtypes and shapes of a base, with lookups by alias.
 
@@ -42,10 +58,14 @@ class Namespace:
         MismatchError: `binding.ambiguous` where a name could be two tensors.
     """
 
-    def __init__(self, slots: Iterable[Slot], families: Families, model_type: str | None) -> None:
+    def __init__(self, slots: Iterable[Slot], families: Families, config: Mapping[str, Any]) -> None:
         self.slots: dict[str, Slot] = {slot.name: slot for slot in slots}
         self.families = families
-        self.model_type = model_type
+        self.config = config
+        model_type = config.get("model_type")
+        self.model_type = model_type if isinstance(model_type, str) else None
+        self.model_types = _model_types(config)
+        self._fusions = Fusions(self)
         self._aliases = self._make_aliases()
         self._suffixes: dict[str, list[str]] | None = None
         self._found: dict[str, str | None] = {}
@@ -124,6 +144,8 @@ class Namespace:
             return name
         if name in self._aliases:
             return self._one(name, self._aliases[name])
+        if (inside := self._in_component(name)) is not None:
+            return inside
         hits: set[str] = set()
         segments = name.split(".")
         for k in range(1, len(segments) - 1):
@@ -142,6 +164,26 @@ class Namespace:
         }
         return self._one(name, hits) if hits else None
 
+    def _in_component(self, name: str) -> str | None:
+        """A name in a base of several components, whose tensors are `folder/X`: `folder.X` by the rules for X inside
+        that component, or X itself where one component alone has it."""
+        folder, _, rest = name.partition(".")
+        if folder in self._components:
+            found = self._components[folder].find(rest)
+            return None if found is None else f"{folder}/{found}"
+        hits = {f"{folder}/{name}" for folder, inner in self._components.items() if name in inner}
+        return self._one(name, hits) if hits else None
+
+    @cached_property
+    def _components(self) -> Mapping[str, Namespace]:
+        """The components of a pipeline, each as a base of its own."""
+        groups: dict[str, list[Slot]] = defaultdict(list)
+        for name, slot in self.slots.items():
+            folder, slash, rest = name.partition("/")
+            if slash:
+                groups[folder].append(replace(slot, name=rest))
+        return {folder: Namespace(slots, self.families, {}) for folder, slots in groups.items()}
+
     def _one(self, name: str, hits: set[str]) -> str:
         if len(hits) > 1:
             raise MismatchError(
@@ -151,24 +193,91 @@ class Namespace:
             )
         return next(iter(hits))
 
+    def target(self, name: str, flat: Sequence[str] = ()) -> Target | None:
+        """Where a parameter path of an adapter lies, whatever layout of its family either of them uses.
+
+        Args:
+            flat: prefixes of flattened module paths (`lora_unet_down_blocks_0_...`) that the dialect may write.
+        """
+        if name in self.slots:
+            return self._stored(name)
+        if (view := self._layout_view(name)) is not None:
+            return self._as_target(view)
+        if self._layout is not None and self._layout.lacks(name):
+            return None  # not to be found in another component
+        if flat and (found := self._find_flat(name, flat)) is not None:
+            return found
+        if (stored := self.find(name)) is not None:
+            return self._stored(stored)
+        view = self._fusions.find(name)
+        return None if view is None else self._as_target(view)
+
+    def parts(self, name: str) -> list[View] | None:
+        """Where the parts of a fused parameter lie, in their order; None where no rule knows it."""
+        return self._fusions.parts(name)
+
+    def size(self, name: str) -> int | None:
+        """A size of the model (`heads`, ...), from its config; None where that does not say."""
+        return self._fusions.size(name)
+
+    def _layout_view(self, name: str) -> View | None:
+        """The view of a name of either layout of the base's family, where it has two."""
+        return None if self._layout is None else self._layout.view(name)
+
+    @cached_property
+    def _layout(self) -> Layout | None:
+        return detect_layout({name: slot.shape for name, slot in self.slots.items()})
+
+    def _find_flat(self, name: str, flat: Sequence[str]) -> Target | None:
+        """A flattened path: prefix, module path with `_` for `.`, then the parameter."""
+        module, _, leaf = name.partition(".")
+        for prefix in flat:
+            if module.startswith(prefix):
+                found = self._flattened.get(f"{module[len(prefix) :]}.{leaf}", ())
+                if found:
+                    return self._stored(self._one(name, set(found)))
+        return None
+
+    @cached_property
+    def _flattened(self) -> Mapping[str, list[str]]:
+        """Flattened module path and parameter -> stored names."""
+        index: dict[str, list[str]] = defaultdict(list)
+        for name in self.slots:
+            module, _, leaf = name.rpartition(".")
+            index[f"{module.replace('.', '_')}.{leaf}"].append(name)
+        return index
+
+    def _stored(self, name: str) -> Target:
+        return Target(whole_view(name, self.slots[name].shape), name)
+
+    def _as_target(self, view: View) -> Target:
+        stored = view.parts[0].tensor
+        if view.whole and view.shape == self.slots[stored].shape:
+            return Target(view, stored)
+        return Target(view)
+
+    def is_flipped(self, claimed: Any, module: str) -> bool:
+        """Whether a linear is stored (in, out) where its shape does not tell: its architecture does, or what the
+        adapter's config claims."""
+        known = self.families.is_transposed(self.model_type, module)
+        return bool(claimed) if known is None else known
+
     def _make_aliases(self) -> dict[str, set[str]]:
+        renamed = [r for r in self.families.renamed if not r.model_types or r.model_types & self.model_types]
         aliases: dict[str, set[str]] = defaultdict(set)
-        for new, old, below in self.families.aliases:
-            was, now = f".{old}.", f".{new}."
-            for name in self.slots:
-                dotted = f".{name}."
-                at = dotted.find(was)
-                if at >= 0 and (not below or dotted[:at].endswith(f".{below}")):
-                    aliases[(dotted[:at] + now + dotted[at + len(was) :])[1:-1]].add(name)
-        for types, parts in self.families.renamed:
-            if self.model_type not in types:
-                continue
-            for name in self.slots:
-                dotted = f".{name}."
-                for disk, memory in parts:
-                    dotted = dotted.replace(f".{disk}.", f".{memory}.", 1)
-                if dotted[1:-1] != name:
-                    aliases[dotted[1:-1]].add(name)
+        for name in self.slots:
+            known = [name]
+            for new, old, below in self.families.aliases:
+                was, now = f".{old}.", f".{new}."
+                for form in tuple(known):
+                    dotted = f".{form}."
+                    at = dotted.find(was)
+                    if at >= 0 and (not below or dotted[:at].endswith(f".{below}")):
+                        known.append((dotted[:at] + now + dotted[at + len(was) :])[1:-1])
+            for rule in renamed:
+                known += [other for form in tuple(known) if (other := rule.other(form)) not in known]
+            for form in known[1:]:
+                aliases[form].add(name)
         return aliases
 
     def _suffix_index(self) -> dict[str, list[str]]:
@@ -227,6 +336,12 @@ class Namespace:
         pool = [n for n in self.slots if n.endswith(".".join(leaf))] or list(self.slots)
         near = difflib.get_close_matches(name, pool[:2000], n=1, cutoff=0.5)
         return f"the nearest name in the base is {quoted(near[0])}" if near else ""
+
+
+def _model_types(config: Mapping[str, Any]) -> frozenset[str]:
+    """The model type of a config and those of the configs that it nests."""
+    found = [config.get("model_type"), *(c.get("model_type") for c in config.values() if isinstance(c, dict))]
+    return frozenset(t for t in found if isinstance(t, str))
 
 
 def slots_of(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Slot]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from loramerge.adapters.adapter import Adapter, Plain
-from loramerge.adapters.updates import Blend
+from loramerge.adapters.adapter import Adapter, Module, Plain
+from loramerge.adapters.kinds.base import Context
+from loramerge.adapters.updates import Blend, ByKind, Difference
+from loramerge.adapters.views import View
 from loramerge.binding.binding import Binding, Matches, Replaced
-from loramerge.binding.namespace import Slot
+from loramerge.binding.namespace import Slot, Target
 from loramerge.errors import InputError, MismatchError, UnsupportedError
 from loramerge.tensors.text import quoted, some
 
@@ -28,7 +30,7 @@ def bind_plain(
         or any(m.path == module and "embedding-A" in m.factors for m in adapter.modules)
     )
     called_for = plain.saved or vocabulary or _is_saved(adapter, module)
-    called_for |= leaf == "bias" and adapter.settings.get("bias") in ("all", "lora_only")
+    called_for |= leaf == "bias" and _trains_biases(adapter.settings.get("bias"))
     if not called_for and factored and leaf == "weight" and adapter.dialect.plain.get("beside-factors") == "refuse":
         raise UnsupportedError(
             "adapter.holds-base",
@@ -46,6 +48,9 @@ def bind_plain(
                 binding.notes.append(note)
         else:
             matches.unmatched[key] = names.hint(plain.path) or "not a factor of any known kind"
+        return
+    if name is None and adapter.dialect.plain.get("new") == "refuse":
+        matches.unmatched[key] = names.hint(plain.path)
         return
     if name is None:
         name = plain.path
@@ -86,6 +91,68 @@ def bind_plain(
             file=adapter.name,
             tensors=[name],
         )
+
+
+def _trains_biases(setting: object) -> bool:
+    """Whether biases of the base were trained: all of them, or those of adapted modules (`lora_only`, `oft_only`)."""
+    return isinstance(setting, str) and (setting == "all" or setting.endswith("_only"))
+
+
+def bind_difference(binding: Binding, adapter: Adapter, index: int, weight: float, module: Module) -> str | None:
+    """`W' = W + w d` with a whole stored difference of a parameter. Returns None, or why it has no home."""
+    target, factor = _parameter(binding, adapter, module), module.factors["diff"]
+    if target is None:
+        return binding.names.hint(f"{module.path}.{module.leaf}")
+    if target.stored is not None and factor.info.numel == target.view.rows * target.view.cols:
+        binding.update(target.stored, Difference(index, module.path, factor.key, weight))
+    else:
+        _bind_by_view(binding, adapter, index, weight, module, target.view, "diff")
+    return None
+
+
+def _bind_by_view(
+    binding: Binding, adapter: Adapter, index: int, weight: float, module: Module, view: View, name: str
+) -> None:
+    """A whole parameter's factor on a view of several parts.
+
+    Raises:
+        MismatchError: `adapter.shape`.
+    """
+    factor = module.factors[name]
+    if factor.info.numel != view.rows * view.cols:
+        raise MismatchError(
+            "adapter.shape",
+            f"{quoted(factor.key)} {factor.shape} does not fit {view.shape}",
+            file=adapter.name,
+            tensors=[part.tensor for part in view.parts],
+        )
+    context = Context(view.shape, weight=weight)
+    for i, part in enumerate(view.parts):
+        keys = ((name, factor.key),)
+        binding.update(part.tensor, ByKind(module.kind, index, module.path, keys, context, view, i))
+
+
+def bind_replacement(
+    binding: Binding, adapter: Adapter, index: int, weight: float, module: Module, matches: Matches
+) -> str | None:
+    """A factor that takes the place of a parameter. Returns None, or why it has no home."""
+    target, factor = _parameter(binding, adapter, module), module.factors["value"]
+    if target is None:
+        return binding.names.hint(f"{module.path}.{module.leaf}")
+    if target.stored is None:
+        _bind_by_view(binding, adapter, index, weight, module, target.view, "value")
+        return None
+    bind_plain(binding, adapter, index, weight, Plain(target.stored, factor, 0, True), matches)
+    return None
+
+
+def _parameter(binding: Binding, adapter: Adapter, module: Module) -> Target | None:
+    """The parameter that a difference or replacement is of: a leaf of the module, or the path itself."""
+    names, flat = binding.names, adapter.dialect.flat
+    for path in (f"{module.path}.{module.leaf or 'weight'}", *(() if module.leaf == "bias" else (module.path,))):
+        if (target := names.target(path, flat)) is not None:
+            return target
+    return None
 
 
 def _is_saved(adapter: Adapter, module: str) -> bool:

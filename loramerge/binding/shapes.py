@@ -7,10 +7,41 @@ from math import prod
 from typing import Any
 
 from loramerge.adapters.adapter import Adapter, Module
-from loramerge.adapters.updates import LowRank, Pick, Place
+from loramerge.adapters.updates import LowRank, Pick
+from loramerge.adapters.views import Part, Place, Take, View
 from loramerge.binding.namespace import Namespace, Slot, Stack
 from loramerge.errors import InputError, MismatchError, UnsupportedError
 from loramerge.tensors.text import quoted
+
+
+def low_rank_view(
+    adapter: Adapter, index: int, weight: float, module: Module, view: View, pick: Pick | None = None
+) -> list[LowRank]:
+    """The low-rank updates of one module on a view: one for each of its parts.
+
+    `pick`: which of several stacked factors, A (n, r, in) and B (n, out, r), belong to it.
+
+    Raises:
+        MismatchError: `adapter.shape`.
+    """
+    A, B = module.factors["A"], module.factors["B"]
+    a, b = (A.shape, B.shape) if pick is None else (A.shape[-2:], B.shape[1:])
+    if pick is not None and len(A.shape) == 2 and a[0] % pick.of == 0:  # (n*r, in)
+        a = (a[0] // pick.of, a[1])
+    if (b[0], prod(a[1:])) != (view.rows, view.cols) or a[0] != prod(b[1:]):
+        raise MismatchError(
+            "adapter.shape",
+            f"{quoted(module.path)}: A {A.shape} and B {B.shape} do not fit {view.shape} of the base",
+            file=adapter.name,
+            tensors=[part.tensor for part in view.parts],
+        )
+    scale = adapter.scale(module.path, a[0], own=adapter.alpha(module)) * weight
+    return [LowRank(index, module.path, A.key, B.key, scale, a[0], pick or Pick(), part) for part in view.parts]
+
+
+def _module_of(slot: Slot) -> str:
+    """The module of a stored weight: its own name, where the adapter's may be flattened."""
+    return slot.name.rpartition(".")[0]
 
 
 def low_rank(
@@ -31,9 +62,11 @@ def low_rank(
     rows, cols = slot.shape[0], prod(slot.shape[1:])
 
     def make(rank: int, scale_rank: int, flipped: bool, place: Place, pick: Pick | None = None) -> LowRank:
-        scale = adapter.scale(module.path, scale_rank) * quirk_scale(adapter, module) * weight
-        taken = (0, place.rows)
-        return LowRank(index, module.path, A.key, B.key, scale, rank, pick or Pick(), flipped, taken, place)
+        scale = (
+            adapter.scale(module.path, scale_rank, own=adapter.alpha(module)) * quirk_scale(adapter, module) * weight
+        )
+        part = Part(slot.name, place, flipped, (Take(0, place.width if flipped else place.rows),))
+        return LowRank(index, module.path, A.key, B.key, scale, rank, pick or Pick(), part)
 
     whole = Place(0, rows, cols, 0, cols)
     matrix = len(slot.shape) == 2
@@ -45,7 +78,7 @@ def low_rank(
             if turned:
                 return [make(r, r, True, whole)]
         elif straight and turned:
-            return [make(r, r, _square_is_flipped(adapter, names, module.path), whole)]
+            return [make(r, r, names.is_flipped(adapter.settings.get("fan-in-fan-out"), _module_of(slot)), whole)]
         elif straight or turned:
             return [make(r, r, turned, whole)]
         if len(A.shape) == 2 and len(slot.shape) == 4 and kernel[0] == kernel[1] and r % kernel[0] == 0:
@@ -72,12 +105,6 @@ def low_rank(
 def _same_kernel(a: Sequence[int], w: Sequence[int]) -> bool:
     """A convolution's A has the weight's kernel; a flat A may stand for a kernel of ones, and the reverse."""
     return tuple(a[1:]) == tuple(w[1:]) or (len(a) != len(w) and (len(w) == 2 or prod(w[2:]) == 1))
-
-
-def _square_is_flipped(adapter: Adapter, names: Namespace, module: str) -> bool:
-    """A square weight tells nothing: the architecture does, or what the adapter's config says."""
-    known = names.families.is_transposed(names.model_type, module)
-    return bool(adapter.settings.get("fan-in-fan-out")) if known is None else known
 
 
 def _slots(
@@ -147,15 +174,17 @@ def stacked_low_rank(
     if d1 == d2:
         flipped = _square_experts_flipped(adapter, names)
     rank = A.shape[0] // experts
+    grouped = adapter.settings.get("grouped-experts", False)
     scale = adapter.scale(f"{module.path}.{parameter}", A.shape[0], stacked=experts) * weight
     updates = []
     for e in range(experts):
         for name, first, rows in stack.pieces[e] if stack.pieces else ((stack.name, 0, d1),):
             begin = 0 if stack.pieces else e * d1 * d2
             place = Place(begin, rows, d2, 0, d2)
-            pick = Pick("expert", e, experts)
-            taken = (first, first + rows)
-            updates.append((name, LowRank(index, module.path, A.key, B.key, scale, rank, pick, flipped, taken, place)))
+            how = f"{'turned-' if flipped else ''}{'grouped-' if grouped else ''}expert"
+            pick = Pick(how, e, experts)
+            part = Part(name, place, False, (Take(first, first + rows),))
+            updates.append((name, LowRank(index, module.path, A.key, B.key, scale, rank, pick, part)))
     return updates
 
 
