@@ -1,0 +1,1 @@
+"""Converting: an adapter from one dialect to another, exactly where the other can hold it."""
