@@ -14,6 +14,8 @@ from loramerge import errors
 from loramerge.errors import LoramergeError
 
 if TYPE_CHECKING:
+    from loramerge.api import Switcher as Switcher
+    from loramerge.api import convert as convert
     from loramerge.api import diff as diff
     from loramerge.api import inspect as inspect
     from loramerge.api import merge as merge
@@ -21,13 +23,20 @@ if TYPE_CHECKING:
     from loramerge.api import open_adapter as open_adapter
     from loramerge.api import open_checkpoint as open_checkpoint
     from loramerge.api import plan_merge as plan_merge
+    from loramerge.api import plan_switch as plan_switch
+    from loramerge.api import plan_unmerge as plan_unmerge
+    from loramerge.api import recover as recover
+    from loramerge.api import switch as switch
+    from loramerge.api import unmerge as unmerge
     from loramerge.api import verify as verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LoramergeError",
+    "Switcher",
     "__version__",
+    "convert",
     "diff",
     "errors",
     "inspect",
@@ -36,6 +45,11 @@ __all__ = [
     "open_adapter",
     "open_checkpoint",
     "plan_merge",
+    "plan_switch",
+    "plan_unmerge",
+    "recover",
+    "switch",
+    "unmerge",
     "verify",
 ]
 

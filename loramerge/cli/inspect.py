@@ -73,6 +73,8 @@ def _adapter_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     traits.append(f"written by version {data['version']}" if data.get("version") else "")
     rows = [("dialect", "   ".join(filter(None, traits))), ("trained", _trained(data))]
+    hint = f"   ({data['family_hint']})" if data.get("family_hint") else ""
+    rows.append(("family", f"{' or '.join(data['family'])}{hint}".strip()))
     if "modules" not in data:
         return rows
     numbers = [_range(name, data.get(name)) for name in ("rank", "alpha", "scale")]
@@ -105,9 +107,14 @@ def _checkpoint_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     if isinstance(data["layers"], int):
         model.append(plural(data["layers"], "layer"))
     rows = [("model", "   ".join(filter(None, model)))]
+    if data["family"] is not None:
+        sides = {"hf": "diffusers layout", "ldm": "original layout"}
+        layouts = [f"{component} in {sides[side]}" for component, side in data["family"]["layouts"].items()]
+        rows.append(("family", f"{data['family']['name']}   {', '.join(layouts)}"))
+    rows += [("component", _component(row)) for row in data["models"]]
     if data["tied_embeddings"] is not None:
         rows.append(("embedding", "tied to the head" if data["tied_embeddings"] else "not tied to the head"))
-    if data["quantised"]:
+    if data["quantised"] and not data["models"]:
         rows.append(("quantised", f"{data['quantised']}: nothing can be merged into these weights"))
     receipt = data["receipt"]
     if receipt is not None:
@@ -115,6 +122,18 @@ def _checkpoint_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         merged = [row["source"] + ("" if row["weight"] in (1, None) else f"={row['weight']:g}") for row in named]
         rows.append(("merged", f"{_some(merged) or 'nothing'}   into {receipt['base'] or 'a base that is not named'}"))
     return rows
+
+
+def _component(row: Mapping[str, Any]) -> str:
+    parts = [
+        row["folder"],
+        row["class"],
+        plural(row["files"], "file"),
+        f"{_count(row['parameters'])} parameters",
+        _dtypes(row["dtypes"]),
+        f"quantised ({row['quantised']})" if row["quantised"] else "",
+    ]
+    return "   ".join(filter(None, parts))
 
 
 def _details(sink: Sink, data: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,10 @@ PROGRAM = "loramerge"
 # Name -> (module, first line of its help), so that listing the commands imports none of them.
 COMMANDS = {
     "merge": ("loramerge.cli.merge", "Merge adapters into a checkpoint."),
+    "unmerge": ("loramerge.cli.unmerge", "Take out of a model what was merged into it."),
+    "switch": ("loramerge.cli.switch", "Merge other adapters instead of those in a model."),
+    "recover": ("loramerge.cli.recover", "Finish a run in place that was interrupted."),
+    "convert": ("loramerge.cli.convert", "Write an adapter in another dialect."),
     "verify": ("loramerge.cli.verify", "Check an output against its receipt, or replay its merge."),
     "inspect": ("loramerge.cli.inspect", "Tell what a file or directory is."),
     "diff": ("loramerge.cli.diff", "Compare two checkpoints tensor by tensor."),

@@ -23,20 +23,12 @@ LOW_RETENTION = 0.95
 @click.command("merge", no_args_is_help=False)
 @click.argument("base")
 @click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True, type=options.ADAPTER)
-@options.output
+@options.place("base")
 @options.arithmetic
 @options.selection
-@click.option("--alpha", type=float, metavar="N", help="Alpha, where nothing on disk says it.")
-@click.option("--enable-lora", type=options.FLAGS, metavar="1,0,1", help="Trained parts of a grouped linear.")
-@click.option("--residual-base", is_flag=True, help="BASE is the residual model that the adapter's start left.")
-@click.option("--allow-unmatched", is_flag=True, help="Let adapter tensors that match nothing in BASE be.")
-@click.option(
-    "--tokenizer",
-    type=click.Choice(["auto", "base", "adapter"]),
-    default="auto",
-    show_default=True,
-    help="Whose tokenizer to carry; auto: the adapter's if it brings one.",
-)
+@options.adapters
+@click.option("--reversible", is_flag=True, help="Write an undo file too, for loramerge unmerge and switch.")
+@click.option("--no-undo", is_flag=True, help="With --in-place: do without an undo file; BASE is gone then.")
 @click.option("--shard-size", type=options.SIZE, metavar="SIZE", help="Cut the output into files of this size.")
 @click.option("--link", is_flag=True, help="Hard-link files that do not change instead of copying them.")
 @options.allow_pickle
@@ -49,24 +41,28 @@ def command(
     base: str,
     adapters: tuple[tuple[str, float], ...],
     out: str,
+    in_place: bool,
     dry_run: bool,
     **flags: Any,
 ) -> None:
     """Merge adapters into a checkpoint.
 
     BASE is a file or a directory. A number after = is the weight of an adapter. Nothing is written before
-    everything has been checked, and OUT appears only when it is complete.
+    everything has been checked, and OUT appears only when it is complete. In place, a run that is killed is finished
+    or undone by the next one, and until then the model is refused by every other command.
 
     \b
     Examples:
       loramerge merge base lora -o merged
       loramerge merge base style=0.7 tone=-0.2 -o merged --dtype bfloat16
+      loramerge merge base lora -o merged --reversible
       loramerge merge base lora -o merged --dry-run
+      loramerge merge base lora --in-place --reversible
     """
     import loramerge as lm
 
     if dry_run:
-        plan = lm.plan_merge(base, list(adapters), out, **flags)
+        plan = lm.plan_merge(base, list(adapters), None if in_place else out, in_place=in_place, **flags)
         lines = [f"{label:<10}{text}" for label, text in plan_lines(plan)]
         lines += [f"{'note':<10}{note}" for note in plan.notes]
         sink.result({"plan": plan.to_data()} if sink.json else {}, lines, out)
@@ -80,15 +76,16 @@ def command(
             sink.say(label, text)
 
     with sink.progress_bar("merge") as progress:
-        receipt = lm.merge(base, list(adapters), out, on_plan=on_plan, progress=progress, **flags)
+        place = None if in_place else out
+        receipt = lm.merge(base, list(adapters), place, in_place=in_place, on_plan=on_plan, progress=progress, **flags)
     for note in receipt.notes:
         sink.warn(note)
     if receipt.retention is not None and receipt.retention < LOW_RETENTION:
         text = f"rounding kept only {receipt.retention:.2g} of the change"
         finer = "float32 or float16" if "BF16" in dtypes else "float32"
         sink.warn(text if dtypes <= {"F32"} else f"{text}; --dtype {finer} keeps more of it")
-    lines = _result_lines(receipt, out) + (_module_lines(sink, receipt) if sink.verbose else [])
-    sink.result(_document(receipt, out), lines, out)
+    lines = result_lines(receipt, out) + (module_lines(sink, receipt) if sink.verbose else [])
+    sink.result(document(receipt, out), lines, out)
 
 
 def plan_lines(plan: Plan) -> list[tuple[str, str]]:
@@ -136,12 +133,14 @@ def _scales(plan: Plan, number: int, weight: float) -> list[str]:
     return parts
 
 
-def _speed(receipt: Receipt) -> float:
+def speed(receipt: Receipt) -> float:
+    """GB/s."""
     return receipt.bytes_written / 1e9 / max(receipt.seconds, 1e-6)
 
 
-def _result_lines(receipt: Receipt, out: str) -> list[str]:
-    merged = f"{size(receipt.bytes_written)} in {duration(receipt.seconds)} ({size(_speed(receipt) * 1e9)}/s)"
+def result_lines(receipt: Receipt, out: str, done: str = "merged") -> list[str]:
+    """The end of a merge for people."""
+    merged = f"{size(receipt.bytes_written)} in {duration(receipt.seconds)} ({size(speed(receipt) * 1e9)}/s)"
     if receipt.retention is not None:
         merged += f"   retention {receipt.retention:.3f}"
         if receipt.least_retention is not None:
@@ -153,41 +152,55 @@ def _result_lines(receipt: Receipt, out: str) -> list[str]:
     changes = f"{counts['changed']} tensors changed, {counts['copied']} copied"
     if counts["added"]:
         changes += f", {counts['added']} added"
-    lines = [f"{'merged':<10}{merged}", f"{'changed':<10}{matched}/{modules} modules   {changes}"]
+    lines = [f"{done:<10}{merged}", f"{'changed':<10}{matched}/{modules} modules   {changes}"]
     if receipt.carried:
         lines.append(f"{'carried':<10}{receipt.carried}")
-    return [*lines, f"{'wrote':<10}{out}   receipt {_receipt_path(receipt, out)}"]
+    if undo := undo_file(receipt, out):
+        lines.append(f"{'undo':<10}{undo['path']}   {size(undo['size'])}")
+    return [*lines, f"{'wrote':<10}{out}   receipt {receipt_path(receipt, out)}"]
 
 
-def _receipt_path(receipt: Receipt, out: str) -> str:
+def receipt_path(receipt: Receipt, out: str) -> str:
     """The receipt's path in the user's own words for OUT."""
+    return _beside(receipt, out, receipt.path.name)
+
+
+def undo_file(receipt: Receipt, out: str) -> dict[str, Any] | None:
+    """The undo file that was written, if one was: its path in the user's own words, its size."""
+    undo = receipt.data.get("undo")
+    return None if undo is None else {"path": _beside(receipt, out, undo["name"]), "size": undo["size"]}
+
+
+def _beside(receipt: Receipt, out: str, name: str) -> str:
     inside = receipt.path.parent == receipt.out
-    return os.path.join(out if inside else os.path.dirname(out), receipt.path.name)
+    return os.path.join(out if inside else os.path.dirname(out), name)
 
 
-def _module_lines(sink: Sink, receipt: Receipt) -> list[str]:
+def module_lines(sink: Sink, receipt: Receipt) -> list[str]:
     """Every module's retention, the least first."""
     modules = (receipt.data.get("retention") or {}).get("modules") or {}
     rows = sorted((float(value), name) for name, value in modules.items() if value is not None)
     return sink.table([(name, f"{value:.4f}") for value, name in rows], header=("module", "retention")) if rows else []
 
 
-def _document(receipt: Receipt, out: str) -> dict[str, Any]:
+def document(receipt: Receipt, out: str) -> dict[str, Any]:
+    """The end of a merge for programs."""
     adapters = receipt.data.get("adapters") or []
     return {
         "out": out,
-        "receipt": _receipt_path(receipt, out),
+        "receipt": receipt_path(receipt, out),
         "tensors_changed": receipt.counts["changed"],
         "tensors_copied": receipt.counts["copied"],
         "tensors_added": receipt.counts["added"],
         "modules": sum(a.get("modules", 0) for a in adapters),
         "modules_matched": sum(a.get("modules_matched", 0) for a in adapters),
+        "undo": undo_file(receipt, out),
         "retention": receipt.retention,
         "least_retention": None
         if receipt.least_retention is None
         else {"module": receipt.least_retention[1], "retention": receipt.least_retention[0]},
         "seconds": receipt.seconds,
         "bytes_written": receipt.bytes_written,
-        "gb_per_s": _speed(receipt),
+        "gb_per_s": speed(receipt),
         "notes": list(receipt.notes),
     }

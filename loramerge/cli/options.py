@@ -115,6 +115,35 @@ def common(function: Function) -> Function:
     return with_sink
 
 
+def place(model: str) -> Callable[[Function], Function]:
+    """`-o` or `--in-place`, and `--force`: the command gets `out`, which in place is the argument `model` itself."""
+
+    def decorated(function: Function) -> Function:
+        @functools.wraps(function)
+        def placed(*args: Any, out: str | None, in_place: bool, **kwargs: Any) -> Any:
+            if out is None and not in_place:
+                fix = f"{click.get_current_context().command_path} --help"
+                raise UsageError("usage.missing", "neither -o OUT nor --in-place is given", fix=fix)
+            if out is not None and in_place:
+                raise UsageError("usage.output", "-o and --in-place ask for opposite things", fix="give one of them")
+            return function(*args, out=kwargs[model] if out is None else out, in_place=in_place, **kwargs)
+
+        for option in (
+            click.option("--force", is_flag=True, help="Replace OUT if it exists."),
+            click.option("--in-place", is_flag=True, help=f"Rewrite what changes in {model.upper()} where it lies."),
+            click.option(
+                "-o",
+                "--out",
+                metavar="OUT",
+                help="Where to write: a directory for a directory, a .safetensors file for a file.",
+            ),
+        ):
+            placed = option(placed)
+        return placed
+
+    return decorated
+
+
 def output(function: Function) -> Function:
     """`-o`, `--force`."""
     function = click.option("--force", is_flag=True, help="Replace OUT if it exists.")(function)
@@ -160,23 +189,50 @@ def max_memory(function: Function) -> Function:
 
 def arithmetic(function: Function) -> Function:
     """`--dtype`, `--compute-dtype`, `--device`."""
-    function = click.option(
-        "--device", type=DEVICE, default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Compute on."
-    )(function)
-    function = click.option(
-        "--compute-dtype",
-        type=click.Choice(["float32", "float64"]),
-        default="float32",
-        show_default=True,
-        help="Compute in.",
-    )(function)
     return click.option(
         "--dtype",
         type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
         default="keep",
         show_default=True,
         help="Floating-point type of the output; keep: each tensor's own.",
+    )(computing(function))
+
+
+def computing(function: Function) -> Function:
+    """`--compute-dtype`, `--device`."""
+    function = click.option(
+        "--device", type=DEVICE, default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Compute on."
     )(function)
+    return click.option(
+        "--compute-dtype",
+        type=click.Choice(["float32", "float64"]),
+        default="float32",
+        show_default=True,
+        help="Compute in.",
+    )(function)
+
+
+def adapters(function: Function) -> Function:
+    """What says how adapters are to be read: `--alpha` and its like, `--allow-unmatched`, `--tokenizer`."""
+    for option in (
+        click.option(
+            "--tokenizer",
+            type=click.Choice(["auto", "base", "adapter"]),
+            default="auto",
+            show_default=True,
+            help="Whose tokenizer to carry; auto: the adapter's if it brings one.",
+        ),
+        click.option("--allow-unmatched", is_flag=True, help="Let adapter tensors that match nothing in BASE be."),
+        click.option(
+            "--grouped-experts", is_flag=True, help="B of stacked experts is grouped by expert (some of unsloth)."
+        ),
+        click.option("--original-base", is_flag=True, help="BASE is the model before training changed it (KaSA)."),
+        click.option("--residual-base", is_flag=True, help="BASE is the residual model that the adapter's start left."),
+        click.option("--enable-lora", type=FLAGS, metavar="1,0,1", help="Trained parts of a grouped linear."),
+        click.option("--alpha", type=float, metavar="N", help="Alpha, where nothing on disk says it."),
+    ):
+        function = option(function)
+    return function
 
 
 def dry_run(function: Function) -> Function:

@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from loramerge.adapters.updates import Operator
+from loramerge.adapters.operators import Operator
 
 TORCH_DTYPES = {
     "F64": torch.float64,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loramerge.adapters.updates import Operator
+from loramerge.adapters.operators import Operator
 from loramerge.errors import UsageError
 from loramerge.merging.kernels import CACHED_ELEMENTS, Measured, change_block
 from loramerge.tensors.writer import AlignedBuffer

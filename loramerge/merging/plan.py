@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
 from loramerge.adapters.adapter import Adapter
-from loramerge.adapters.updates import DoRA, Update, to_data
+from loramerge.adapters.updates import ByKind, DoRA, Update, to_data
 from loramerge.binding.binding import Binding
 from loramerge.errors import UnsupportedError, UsageError
 from loramerge.merging.sidefiles import SideFile
-from loramerge.tensors.checkpoint import Checkpoint, WeightFile
+from loramerge.merging.undo import UndoFile, Undone
+from loramerge.tensors.checkpoint import Checkpoint, Component, Located, WeightFile
 from loramerge.tensors.dtypes import bits, is_float
 from loramerge.tensors.hashing import BLOCK_BYTES, row_layout
-from loramerge.tensors.safetensors import TensorInfo, encode_header
+from loramerge.tensors.padded import PaddedSource
+from loramerge.tensors.safetensors import TensorInfo, encode_header, parse_header
 
 Do = Literal["copy", "change", "add"]
 
@@ -52,11 +54,13 @@ class Step:
     dtype: str
     shape: tuple[int, ...]
     updates: tuple[Update, ...] = ()
+    undo: Undone | None = None
+    """How its source is brought back first, where that is a merged tensor."""
 
     @property
     def verbatim(self) -> bool:
         """Whether the bytes of the source are the bytes of the output."""
-        return not self.updates and self.dtype == self.source.info.dtype
+        return not self.updates and self.undo is None and self.dtype == self.source.info.dtype
 
     @property
     def nbytes(self) -> int:
@@ -65,19 +69,58 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """One file of the output. `whole` is the untouched input file that it equals byte for byte."""
+    """One file of the output. `whole` is the untouched input file that it equals byte for byte.
+
+    In the file itself the tensors of a pipeline's `component` have their own names, without its folder.
+    """
 
     name: str
     steps: tuple[Step, ...]
     metadata: Mapping[str, str]
     whole: WeightFile | None = None
+    component: str = ""
+    header: bytes | None = None
+    """Its header, where that is to be another file's byte for byte."""
+    into: WeightFile | None = None
+    """The file that is rewritten where it lies: it has all these tensors, in the same dtypes and shapes."""
+
+    def stored_name(self, step: Step) -> str:
+        """What a tensor is called in the file."""
+        return step.tensor.removeprefix(f"{self.component}/") if self.component else step.tensor
+
+    def lies_there(self, step: Step) -> bool:
+        """Whether the tensor is in the file already, which is rewritten where it lies."""
+        here = self.into is not None and step.source.file is self.into and step.verbatim
+        return here and self.into is not None and step.source.info is self.into.header.tensors[step.tensor]
+
+    @property
+    def written(self) -> list[Step]:
+        """The steps whose bytes are written."""
+        return [step for step in self.steps if not self.lies_there(step)]
 
     def layout(self) -> tuple[bytes, list[TensorInfo]]:
         """The header, and where each tensor lies: for an untouched file, as in its source."""
+        if self.into is not None:
+            own = self.into.header
+            header = self.into.source.read(0, own.data_start) if self.header is None else self.header
+            return header, [own.tensors[step.tensor] for step in self.steps]
         if self.whole is not None:
             source = self.whole.header
             return self.whole.source.read(0, source.data_start), list(source.tensors.values())
-        return encode_header([(s.tensor, s.dtype, s.shape) for s in self.steps], self.metadata, align=ALIGNMENT)
+        if self.header is not None:
+            infos = parse_header(self.header)
+            return self.header, [infos[self.stored_name(s)] for s in self.steps]
+        entries = [(self.stored_name(s), s.dtype, s.shape) for s in self.steps]
+        return encode_header(entries, self.metadata, align=ALIGNMENT)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFile:
+    """An index to write: its name, the component that it is of ("" for one model), metadata to keep."""
+
+    name: str
+    component: str
+    metadata: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,12 +130,18 @@ class Plan:
     base: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...]
     files: tuple[OutputFile, ...]
-    index_name: str | None
+    indexes: tuple[IndexFile, ...]
     binding: Binding
     side_files: tuple[SideFile, ...]
     options: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
     jobs: int = 1
+    undo: UndoFile | None = None
+    """Where the steps that bring tensors back read what was lost."""
+    in_place: Checkpoint | None = None
+    """The model that is rewritten where it lies, all files of the plan being its own."""
+    way: str = ""
+    """How an un-merge comes back: `undo file`, `base` or `subtraction`."""
 
     @property
     def steps(self) -> list[Step]:
@@ -100,14 +149,14 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of all tensors of the output."""
-        return sum(step.nbytes for step in self.steps)
+        """Bytes of all tensors that are written."""
+        return sum(step.nbytes for file in self.files for step in file.written)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of all source tensors and factors."""
         factors = sum(a.nbytes for a, _ in self.adapters)
-        return factors + sum(s.source.info.nbytes for s in self.steps if s.source.input == 0)
+        return factors + sum(s.source.info.nbytes for f in self.files for s in f.written if s.source.input == 0)
 
     def counts(self) -> dict[str, int]:
         """How many tensors are copied, changed and added."""
@@ -122,6 +171,7 @@ class Plan:
         factors = 0
         sizes = {(i, k): f.info.numel for i, (a, _) in enumerate(self.adapters) for k, f in a.factors().items()}
         wide = 8 if self.options.get("compute_dtype") == "float64" else 4
+        whole = 0
         for step in self.steps:
             rows, row_bytes = row_layout(bits(step.dtype), step.shape)
             block = max(min(BLOCK_BYTES, rows * row_bytes), row_bytes)
@@ -130,8 +180,10 @@ class Plan:
             per_worker = max(per_worker, block)
             keys = {(u.adapter, key) for u in step.updates for key in u.keys}
             factors = max(factors, sum(2 * wide * sizes[k] for k in keys))
+            # Kinds that need the weight as a whole hold it, their result and what the formula makes of it.
+            whole = max([whole, *(4 * wide * u.view.rows * u.view.cols for u in step.updates if isinstance(u, ByKind))])
         scratch = 4 * wide * (1 << 18)
-        return TORCH_BYTES + jobs * (per_worker + scratch) + factors
+        return TORCH_BYTES + jobs * (per_worker + scratch + whole) + factors
 
     def to_data_adapters(self) -> list[dict[str, Any]]:
         """What becomes of each adapter, as plain data."""
@@ -158,6 +210,8 @@ class Plan:
             "base": self.base.name,
             "adapters": self.to_data_adapters(),
             "options": dict(self.options),
+            **({"way": self.way} if self.way else {}),
+            **({"in_place": True} if self.in_place is not None else {}),
             "tensors_changed": counts["changed"],
             "tensors_copied": counts["copied"],
             "tensors_added": counts["added"],
@@ -183,6 +237,7 @@ class Plan:
                                 "tensor": s.source.name,
                                 "bytes": [s.source.info.begin, s.source.info.end],
                             },
+                            **({} if s.undo is None else {"undo": s.undo.how}),
                             "updates": [to_data(u) for u in s.updates],
                         }
                         for s in file.steps
@@ -224,18 +279,20 @@ def make_plan(
     for name, slot in binding.names.slots.items():
         located = base.tensors.get(slot.source)
         home = last if located is None or name in binding.untied else located.file.name
-        by_file[home].append(_step(base, binding, name, dtype))
-    files = _arrange(base, by_file, shard_size, single_file)
-    index_name = None
-    if single_file is None and (base.index_name is not None or len(files) > 1):
-        index_name = "model.safetensors.index.json"
-        if base.index_name is not None and base.index_name.endswith(".safetensors.index.json"):
-            index_name = base.index_name
+        by_file[home].append(step_of(base.tensors, binding, name, dtype))
+    files: list[OutputFile] = []
+    indexes: list[IndexFile] = []
+    for model in base.models:
+        made = _arrange(base, model, by_file, shard_size, single_file)
+        files += made
+        if single_file is None and (model.checkpoint.index_name is not None or len(made) > 1):
+            name = _index_name(model, cut=shard_size is not None)
+            indexes.append(IndexFile(name, model.folder, model.checkpoint.index or {}))
     return Plan(
         base=base,
         adapters=tuple(adapters),
-        files=files,
-        index_name=index_name,
+        files=tuple(files),
+        indexes=tuple(indexes),
         binding=binding,
         side_files=tuple(side_files),
         options=options or {},
@@ -243,7 +300,8 @@ def make_plan(
     )
 
 
-def _step(base: Checkpoint, binding: Binding, name: str, dtype: str) -> Step:
+def step_of(tensors: Mapping[str, Located], binding: Binding, name: str, dtype: str) -> Step:
+    """What happens to one tensor of the output. `tensors`: those of the base."""
     slot = binding.names[name]
     updates = tuple(binding.updates.get(name, ()))
     new = binding.replaced.get(name)
@@ -251,8 +309,10 @@ def _step(base: Checkpoint, binding: Binding, name: str, dtype: str) -> Step:
         source = Source(new.adapter + 1, new.factor.key, new.factor.file, new.factor.info)
         kept = source.info.dtype if name in binding.added else slot.dtype
     else:
-        located = base.tensors[slot.source]
+        located = tensors[slot.source]
         source, kept = Source(0, slot.source, located.file, located.info), slot.dtype
+        if name in binding.grown:
+            source = _padded(source, binding.grown[name])
     if dtype != "keep" and is_float(kept) and bits(kept) >= 16:
         kept = OUTPUT_DTYPES[dtype]
     if any(isinstance(u, DoRA) for u in updates):
@@ -267,49 +327,100 @@ def _step(base: Checkpoint, binding: Binding, name: str, dtype: str) -> Step:
     return Step(name, do, source, kept, source.info.shape, updates)
 
 
+def _padded(source: Source, shape: tuple[int, ...]) -> Source:
+    """A source with zeros behind each axis of its tensor."""
+    info = source.info
+    inner = PaddedSource(source.file.source, info.begin, bits(info.dtype) // 8, info.shape, shape)
+    return replace(
+        source,
+        file=replace(source.file, source=inner),
+        info=TensorInfo(info.name, info.dtype, shape, 0, inner.size),
+    )
+
+
 def _arrange(
-    base: Checkpoint, by_file: Mapping[str, list[Step]], shard_size: int | None, single_file: str | None
-) -> tuple[OutputFile, ...]:
-    """Output files from steps grouped by the base's files."""
+    base: Checkpoint,
+    model: Component,
+    by_file: Mapping[str, list[Step]],
+    shard_size: int | None,
+    single_file: str | None,
+) -> list[OutputFile]:
+    """Output files of one model, from steps grouped by the base's files."""
+    inputs = [file for file in base.files if file.component == model.folder]
     metadata: dict[str, str] = {}
-    for file in base.files:
+    for file in inputs:
         metadata |= file.header.metadata
     if single_file is not None:
-        steps = tuple(s for group in by_file.values() for s in group)
-        return (_output_file(single_file, steps, metadata, base),)
+        steps = tuple(s for file in inputs for s in by_file[file.name])
+        return [_output_file(single_file, steps, metadata, base)]
     if shard_size is None:
-        return tuple(
-            _output_file(_safetensors_name(f.name), tuple(by_file[f.name]), f.header.metadata, base)
-            for f in base.files
+        return [
+            _output_file(_safetensors_name(f.name), tuple(by_file[f.name]), f.header.metadata, base, model.folder)
+            for f in inputs
             if by_file[f.name] or not base.tensors
-        )
+        ]
     shards: list[list[Step]] = [[]]
     size = 0
-    for group in by_file.values():
-        for step in group:
+    for file in inputs:
+        for step in by_file[file.name]:
             if shards[-1] and size + step.nbytes > shard_size:
                 shards.append([])
                 size = 0
             shards[-1].append(step)
             size += step.nbytes
-    if len(shards) == 1:
-        return (_output_file("model.safetensors", tuple(shards[0]), metadata, base),)
-    total = len(shards)
-    return tuple(
-        _output_file(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(steps), metadata, base)
-        for i, steps in enumerate(shards, 1)
-    )
+    stem, total = _in_folder(model, _stem(model)), len(shards)
+    names = [f"{stem}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+    if total == 1:
+        names = [f"{stem}.safetensors"]
+    return [
+        _output_file(name, tuple(steps), metadata, base, model.folder)
+        for name, steps in zip(names, shards, strict=True)
+    ]
+
+
+STEMS = ("diffusion_pytorch_model",)
+"""Names of weight files that their loaders look for, other than `model`."""
+
+
+def _stem(model: Component) -> str:
+    """What the weights of a model are called: `model`, unless loaders of its kind look for another name."""
+    named = model.checkpoint.index_name or model.checkpoint.files[0].name
+    return next((stem for stem in STEMS if named.startswith(stem)), "model")
+
+
+def _index_name(model: Component, cut: bool) -> str:
+    """The index of a model: the base's own, or the usual name where it has none, or one of pickled files.
+
+    An index of a variant (`.safetensors.index.fp16.json`) keeps its name as long as its files keep theirs.
+    """
+    own = model.checkpoint.index_name or ""
+    if not own.endswith(".safetensors.index.json") and (cut or ".safetensors.index." not in own):
+        own = f"{_stem(model)}.safetensors.index.json"
+    return _in_folder(model, own)
+
+
+def _in_folder(model: Component, name: str) -> str:
+    return f"{model.folder}/{name}" if model.folder else name
 
 
 def _safetensors_name(name: str) -> str:
     """The output's name for a file of the base: pickled files become safetensors under the usual name."""
     if name.endswith(".safetensors"):
         return name
-    stem = name.rpartition(".")[0] or name
-    return stem.replace("pytorch_model", "model") + ".safetensors"
+    folder, slash, last = (name.rpartition(".")[0] or name).rpartition("/")
+    if not last.startswith(STEMS):
+        last = last.replace("pytorch_model", "model")
+    return f"{folder}{slash}{last}.safetensors"
 
 
-def _output_file(name: str, steps: tuple[Step, ...], metadata: Mapping[str, str], base: Checkpoint) -> OutputFile:
+def is_stale(key: str) -> bool:
+    """Whether an entry of a file's metadata is a hash of its weights."""
+    return key.startswith("sshs_") or key == "modelspec.hash_sha256"
+
+
+def _output_file(
+    name: str, steps: tuple[Step, ...], metadata: Mapping[str, str], base: Checkpoint, component: str = ""
+) -> OutputFile:
     """`whole` is set where the steps are exactly the tensors of one safetensors file of the base, untouched."""
     first = steps[0].source.file if steps else None
     whole = (
@@ -322,5 +433,5 @@ def _output_file(name: str, steps: tuple[Step, ...], metadata: Mapping[str, str]
         else None
     )
     # Hashes of the old weights would be lies; `format` is what transformers 4 insists on.
-    kept = {k: v for k, v in metadata.items() if not k.startswith("sshs_") and k != "modelspec.hash_sha256"}
-    return OutputFile(name, steps, {**kept, "format": "pt"}, whole)
+    kept = {k: v for k, v in metadata.items() if not is_stale(k)}
+    return OutputFile(name, steps, {**kept, "format": "pt"}, whole, component)

@@ -15,6 +15,7 @@ from loramerge.merging.plan import Plan
 from loramerge.tensors import strictjson
 from loramerge.tensors.checkpoint import Checkpoint, WeightFile
 from loramerge.tensors.hashing import digest_tensor
+from loramerge.tensors.padded import PaddedSource
 from loramerge.tensors.source import FileSource
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def receipt_data(
             row: dict[str, Any] = {"file": file.name, "do": step.do, "digest": result.digest}
             if step.source.name != step.tensor or step.source.input:
                 row["from"] = {"input": step.source.input, "tensor": step.source.name}
+            if isinstance(step.source.file.source, PaddedSource):
+                row["grown"] = True  # so that `base_digest` is that of the base's tensor with zeros behind it
             if step.do == "change" and result.source_digest is not None:
                 row["base_digest"] = result.source_digest
             tensors[step.tensor] = row
@@ -155,10 +158,11 @@ def read_receipt(path: Path, shown: str) -> dict[str, Any]:
 
 def merged_before(base: Checkpoint, adapters: list[Adapter]) -> str | None:
     """The name of an adapter that the base's own receipt says is merged into it already."""
-    path = receipt_path(base.path, base.directory is None)
-    if not path.is_file():
+    places = [base, *(component.checkpoint for component in base.components)]
+    paths = [receipt_path(place.path, place.directory is None) for place in places]
+    rows = [row for path in paths if path.is_file() for row in read_receipt(path, str(path))["adapters"]]
+    if not rows:
         return None
-    rows = read_receipt(path, str(path))["adapters"]
     files = [f for row in rows for f in row.get("files", ()) if isinstance(f, dict)]
     known = {f.get("digest") for f in files}
     return next((a.name for a in adapters for f in a.checkpoint.files if digest_file(f) in known), None)

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramerge import pickled
-from loramerge.adapters.adapter import Adapter, open_adapter
+from loramerge.adapters.adapter import Adapter
 from loramerge.adapters.dialect import detect
+from loramerge.adapters.opening import open_adapter
 from loramerge.binding.bind import bind
+from loramerge.binding.binding import Binding
 from loramerge.binding.namespace import slots_of
 from loramerge.errors import MismatchError, UnsupportedError, UsageError
+from loramerge.merging import closing, sidefiles, undo
 from loramerge.merging import receipt as receipts
-from loramerge.merging import sidefiles
-from loramerge.merging.plan import OutputFile, Plan, make_plan
+from loramerge.merging.plan import IndexFile, OutputFile, Plan, make_plan
 from loramerge.tensors.checkpoint import Checkpoint, open_checkpoint
 from loramerge.tensors.hashing import block_digest, sha256_file
 from loramerge.tensors.output import Output, check_destination, check_space
-from loramerge.tensors.text import plural, quoted
+from loramerge.tensors.pipeline import input_folders
+from loramerge.tensors.text import plural, quoted, some
 from loramerge.tensors.writer import FileWriter, copy_whole_file, fsync_path, write_small_file
 
 if TYPE_CHECKING:
-    from loramerge.merging.stream import Progress
+    from loramerge.merging.stream import Progress, Result
 
 Pathlike = str | os.PathLike[str]
 Adapters = Pathlike | Adapter | Mapping[Any, float] | Sequence[Any]
@@ -56,7 +60,12 @@ class Options:
     alpha: float | None = None
     enable_lora: Sequence[bool] | None = None
     residual_base: bool = False
+    original_base: bool = False
+    grouped_experts: bool = False
+    reversible: bool = False
     link: bool = False
+    in_place: bool = False
+    no_undo: bool = False
 
     def recorded(self) -> dict[str, Any]:
         """What changes the result, for plan and receipt; not how fast or how safely it is made."""
@@ -72,6 +81,8 @@ class Options:
             "alpha": self.alpha,
             "enable_lora": None if self.enable_lora is None else [bool(b) for b in self.enable_lora],
             "residual_base": self.residual_base,
+            "original_base": self.original_base,
+            "grouped_experts": self.grouped_experts,
         }
 
     def check(self) -> None:
@@ -86,6 +97,18 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError("usage.value", f"{name} is {value}", fix="give a positive number")
+        if self.in_place:
+            from loramerge.merging import in_place
+
+            in_place.check_flags(self)
+        elif self.no_undo:
+            raise UsageError("usage.value", "--no-undo is for --in-place", fix="leave it away")
+        if self.reversible and self.dtype != "keep":
+            raise UsageError(
+                "usage.reversible",
+                "an output of another dtype than the base's does not come back",
+                fix="leave --dtype or --reversible away; --base brings such a model back",
+            )
         if self.device == "mps" and self.compute_dtype == "float64":
             raise UsageError("usage.device", "mps has no float64", fix="--device cpu")
 
@@ -105,6 +128,8 @@ def plan_merge(base: Pathlike | Checkpoint, adapters: Adapters, out: Pathlike, o
     Raises:
         LoramergeError: anything wrong with the inputs, their match, the destination or the space for it.
     """
+    from loramerge.merging import in_place
+
     options.check()
     given = weighted(adapters)
     if not given:
@@ -114,8 +139,8 @@ def plan_merge(base: Pathlike | Checkpoint, adapters: Adapters, out: Pathlike, o
     check = partial(check_destination, destination, force=options.force, what="file" if single else "directory")
     typed = [p for p in (base, *(a for a, _ in given)) if isinstance(p, str | os.PathLike)]
     existing = [Path(p) for p in typed if os.path.exists(p)]
-    if len(existing) == len(typed):
-        check(inputs=existing)
+    if len(existing) == len(typed) and not options.in_place:
+        check(inputs=[*existing, *(folder for path in existing for folder in input_folders(path))])
     plan = plan_tensors(base, given, options, single_file=destination.name if single else None)
     if not options.force and (before := receipts.merged_before(plan.base, [a for a, _ in plan.adapters])):
         raise MismatchError(
@@ -124,7 +149,11 @@ def plan_merge(base: Pathlike | Checkpoint, adapters: Adapters, out: Pathlike, o
             fix="merge into the original base, or --force to apply it twice",
             file=plan.base.name,
         )
-    check_space(destination, plan.bytes_written + SPACE_MARGIN)
+    if options.in_place:
+        in_place.check_way_back(plan.base, options)
+        plan = in_place.arranged(plan, plan.base, options)
+    else:
+        check_space(destination, plan.bytes_written + SPACE_MARGIN)
     return replace(plan, jobs=jobs_for(plan, options))
 
 
@@ -139,6 +168,10 @@ def plan_tensors(
     read_pickle = pickled.read_header if options.allow_pickle else None
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base), read_pickle=read_pickle)
     _check_base(opened)
+    if opened.components and single_file is not None:
+        raise UsageError(
+            "usage.pipeline", "the base is a pipeline of several models, which no single file holds", fix="-o DIRECTORY"
+        )
     pairs = open_pairs(given, options)
     shapes = {name: (t.info.dtype, t.info.shape) for name, t in opened.tensors.items()}
     binding = bind(
@@ -150,13 +183,19 @@ def plan_tensors(
         allow_unmatched=options.allow_unmatched,
         base_name=opened.name,
     )
-    if opened.config is None and opened.directory is not None:
+    if opened.components:
+        _check_pipeline(binding, opened.name)
+    elif opened.config is None and opened.directory is not None:
         say = f"; one must say {binding.config}" if binding.config else ""
         binding.notes.append(f"the base has no config.json{say}")
-    if opened.index_name is not None and opened.directory is not None:
-        single = opened.directory / "model.safetensors"
-        if single.is_file() and all(f.name != single.name for f in opened.files):
-            binding.notes.append(f"the base has both {opened.index_name} and {single.name}; the shards are used")
+    for model in opened.models:
+        if model.checkpoint.index_name is not None and model.checkpoint.directory is not None:
+            single = model.checkpoint.directory / "model.safetensors"
+            if single.is_file() and all(f.name != single.name for f in model.checkpoint.files):
+                whose = f"{model.folder} of the base" if model.folder else "the base"
+                binding.notes.append(
+                    f"{whose} has both {model.checkpoint.index_name} and {single.name}; the shards are used"
+                )
     files: list[sidefiles.SideFile] = []
     if single_file is None:
         files, _ = sidefiles.collect(opened, [a for a, _ in pairs], options.tokenizer)
@@ -189,6 +228,8 @@ def open_pairs(given: Sequence[tuple[Pathlike | Adapter, float]], options: Optio
                 alpha=options.alpha,
                 enable_lora=options.enable_lora,
                 residual_base=options.residual_base,
+                original_base=options.original_base,
+                grouped_experts=options.grouped_experts,
             )
         pairs.append((adapter, weight))
     return pairs
@@ -205,6 +246,25 @@ def _check_base(base: Checkpoint) -> None:
             "is an adapter, not a model",
             fix="the order is BASE ADAPTER; were they swapped?",
             file=base.name,
+        )
+
+
+def _check_pipeline(binding: Binding, name: str) -> None:
+    """What changes the shape of a model cannot be done in a pipeline: its config says nothing of all the others.
+
+    Raises:
+        UnsupportedError: `pipeline.shape`.
+    """
+    names = binding.names
+    resized = [n for n, new in binding.replaced.items() if n in names and new.factor.shape != names[n].shape]
+    changed = [*binding.added, *resized, *binding.grown, *binding.untied]
+    if changed or binding.config:
+        raise UnsupportedError(
+            "pipeline.shape",
+            f"the adapter adds or resizes {some(changed)}" if changed else "the adapter changes a model's config",
+            fix="merge it into the folder of that component alone",
+            file=name,
+            tensors=changed,
         )
 
 
@@ -239,11 +299,20 @@ def merge(
     progress: Progress | None = None,
 ) -> receipts.Receipt:
     """Merges, writes and commits. See `loramerge.merge`."""
+    from loramerge.merging import in_place
+
+    if options.in_place:
+        options.check()
+        place = base.path if isinstance(base, Checkpoint) else base
+        if (done := in_place.resume(place, "merge", weighted(adapters), options)) is not None:
+            return done
     plan = plan_merge(base, adapters, out, options)
     if on_plan is not None:
         on_plan(plan)
     try:
-        return _carry_out(plan, Path(out), options, version, progress)
+        if plan.in_place is not None:
+            return in_place.carry_out(plan, options, version, progress)
+        return carry_out(plan, Path(out), options, version, progress)
     finally:
         given = [base, *(a for a, _ in weighted(adapters))]
         opened = [plan.base, *(a.checkpoint for a, _ in plan.adapters)]
@@ -252,13 +321,25 @@ def merge(
                 ours.close()
 
 
-def _carry_out(
-    plan: Plan, destination: Path, options: Options, version: str, progress: Progress | None
+def carry_out(
+    plan: Plan,
+    destination: Path,
+    options: Options,
+    version: str,
+    progress: Progress | None,
+    about: Mapping[str, Any] | None = None,
+    check: Callable[[Mapping[str, Result]], Mapping[str, Any]] | None = None,
 ) -> receipts.Receipt:
-    """Streams a plan into its destination, all or nothing."""
+    """Streams a plan into its destination, all or nothing.
+
+    `about`: what the receipt says of the run where that is no merge (`command`, `base`). `check` raises where what
+    became of the tensors is not right, before anything is seen; what it gives is more for the receipt.
+    """
     single = destination.suffix == ".safetensors"
     receipt_at = receipts.receipt_path(destination, single)
-    companions = (receipt_at.name,) if single else ()
+    undo_at = undo.undo_path(destination, single)
+    companions = (receipt_at.name, *((undo_at.name,) if options.reversible else ())) if single else ()
+    from loramerge.merging.bring_back import Recorder
     from loramerge.merging.lanes import choose_device
     from loramerge.merging.stream import stream
 
@@ -268,24 +349,41 @@ def _carry_out(
     try:
         with output:
             sink = _FileSink(output.directory, options.link)
+            writer = undo.UndoWriter(output.directory / undo_at.name) if options.reversible else None
+            adapters = [a for a, _ in plan.adapters]
+            recorder = None if writer is None else Recorder(writer, adapters)
             try:
-                results = stream(plan, sink, jobs=plan.jobs, device=options.device, progress=progress)
+                results = stream(
+                    plan, sink, jobs=plan.jobs, device=options.device, progress=progress, recorder=recorder
+                )
+                more = {} if check is None else check(results)
             except BaseException:
                 sink.abort()
+                if writer is not None:
+                    writer.close()
                 raise
             side = _write_side_files(plan, output.directory, options)
-            if plan.index_name is not None:
-                content = _index(plan)
-                write_small_file(output.directory / plan.index_name, content)
-                side.append(_row(output.directory, plan.index_name, "loramerge"))
+            for index in plan.indexes:
+                write_small_file(output.directory / index.name, _index(plan, index))
+                side.append(_row(output.directory, index.name, "loramerge"))
             notes = list(plan.notes)
             unchanged = sum(1 for step in plan.steps if results[step.tensor].unchanged)
-            if unchanged and unchanged == sum(1 for step in plan.steps if step.do == "change"):
+            if about is None and unchanged and unchanged == sum(1 for step in plan.steps if step.do == "change"):
                 notes.append("every update is zero: the result equals the base")
             adapter_rows = receipts.adapter_data(plan)
             data = receipts.receipt_data(plan, results, adapter_rows, sink.rows(plan), side, notes, version)
+            data |= about or {}
+            data |= more
+            if writer is not None and recorder is not None:
+                closing.close_undo(
+                    writer, recorder, plan, results, adapter_rows, lambda name: (output.directory / name).read_bytes()
+                )
+                row = _row(output.directory, undo_at.name, "loramerge")
+                data["undo"] = {name: row[name] for name in ("name", "size", "sha256")}
             write_small_file(output.directory / receipt_at.name, receipts.encode(data))
             plan.base.check_unchanged()
+            if plan.undo is not None:
+                plan.undo.source.check_unchanged()
             for adapter, _ in plan.adapters:
                 adapter.checkpoint.check_unchanged()
             output.commit()
@@ -304,7 +402,7 @@ def _carry_out(
         least_retention=None if least is None else (least["value"], least["module"]),
         counts=plan.counts(),
         bytes_written=plan.bytes_written,
-        carried=_carried(plan, options),
+        carried=carried(plan, options),
         notes=tuple(notes),
     )
 
@@ -323,6 +421,8 @@ class _FileSink:
         path = self._directory / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         row: dict[str, Any] = {"name": file.name, "size": size, "header": block_digest(header).hex()}
+        if file.component:
+            row["component"] = file.component
         self._rows[file.name] = row
         if file.whole is not None:
             row["copied_whole"] = True
@@ -360,13 +460,25 @@ class _FileSink:
         return [self._rows[file.name] for file in plan.files]
 
 
-def _write_side_files(plan: Plan, directory: Path, options: Options) -> list[dict[str, Any]]:
-    rows = []
+def side_contents(plan: Plan, options: Options) -> Iterator[tuple[sidefiles.SideFile, bytes]]:
+    """The side files of an output, with what each holds there."""
+    configs = {f"{model.folder}/config.json" if model.folder else "config.json" for model in plan.base.models}
     dtype = None if options.dtype == "keep" else options.dtype
     for file in plan.side_files:
         raw = sidefiles.read_side_file(file)
-        if file.name == "config.json":
+        if file.name in configs:
             raw = sidefiles.patched_config(raw, plan.binding.config, dtype)
+        yield file, raw
+
+
+def side_row(name: str, origin: str, raw: bytes) -> dict[str, Any]:
+    """What a receipt says of a side file."""
+    return {"name": name, "from": origin, "size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def _write_side_files(plan: Plan, directory: Path, options: Options) -> list[dict[str, Any]]:
+    rows = []
+    for file, raw in side_contents(plan, options):
         target = directory / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         write_small_file(target, raw)
@@ -379,19 +491,24 @@ def _row(directory: Path, name: str, origin: str) -> dict[str, Any]:
     return {"name": name, "from": origin, "size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _index(plan: Plan) -> bytes:
-    metadata = {k: v for k, v in (plan.base.index or {}).items() if k not in ("total_size", "total_parameters")}
-    metadata["total_size"] = plan.bytes_written
-    weights = {step.tensor: file.name for file in plan.files for step in file.steps}
+def _index(plan: Plan, index: IndexFile) -> bytes:
+    metadata = {k: v for k, v in index.metadata.items() if k not in ("total_size", "total_parameters")}
+    files = [file for file in plan.files if file.component == index.component]
+    metadata["total_size"] = sum(step.nbytes for file in files for step in file.steps)
+    folder = f"{index.component}/" if index.component else ""
+    weights = {file.stored_name(step): file.name.removeprefix(folder) for file in files for step in file.steps}
     content = {"metadata": metadata, "weight_map": dict(sorted(weights.items()))}
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _carried(plan: Plan, options: Options) -> str:
+def carried(plan: Plan, options: Options) -> str:
     """Whose files travel with the weights, in one line."""
     if not plan.side_files:
         return "nothing beside the weights"
     names = [f.name for f in plan.side_files]
+    if plan.base.components:
+        folders = {os.path.dirname(name) for name in names} - {""}
+        return f"the pipeline's {plural(len(names), 'file')} beside the weights, in {plural(len(folders), 'folder')}"
     tokenizers = {os.path.dirname(f.origin) for f in plan.side_files if f.name in sidefiles.VOCABULARY}
     parts = []
     if tokenizers:

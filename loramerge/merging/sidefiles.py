@@ -32,11 +32,16 @@ VOCABULARY = (
 )
 """A directory has a tokenizer of its own if it has one of these."""
 
-STALE = (
+WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack",
-    "*.ot", "*.npz", "*.tflite", "*.mlmodel", "*.index.json", "*.partial-*", "*.incomplete", "*.lock",
-    "adapter_config.json", "trainer_state.json", "optimizer*", "scheduler*", "rng_state*", "README.md", ".git*",
-    "loramerge.json", "loramerge.undo", ".DS_Store",
+    "*.ot", "*.npz", "*.tflite", "*.mlmodel",
+)  # fmt: skip
+"""Weights in any format."""
+
+STALE = (
+    *WEIGHTS, "*.index.json", "*.index.*.json", "*.partial-*", "*.incomplete", "*.lock",
+    "adapter_config.json", "trainer_state.json", "optimizer*", "rng_state*", "README.md", ".git*",
+    "loramerge.json", "loramerge.undo", "*loramerge.journal*", ".DS_Store",
 )  # fmt: skip
 """Never carried: weights in other formats, indices, training state, and the card, which tells of another model."""
 
@@ -50,6 +55,7 @@ STALE_FOLDERS = (
     "coreml",
     "runs",
     "checkpoint-*",
+    "*loramerge.journal*",
 )
 
 DTYPE_FIELDS = ("torch_dtype", "dtype")
@@ -57,11 +63,15 @@ DTYPE_FIELDS = ("torch_dtype", "dtype")
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file to carry: `name` in the output (posix), `path` on disk, `origin` as the user typed it."""
+    """A file to carry: `name` in the output (posix), `path` on disk, `origin` as the user typed it.
+
+    `content`: its bytes, where they are known already.
+    """
 
     name: str
     path: Path
     origin: str
+    content: bytes | None = None
 
 
 def collect(base: Checkpoint, adapters: Sequence[Adapter], tokenizer: str = "auto") -> tuple[list[SideFile], str]:
@@ -81,7 +91,21 @@ def collect(base: Checkpoint, adapters: Sequence[Adapter], tokenizer: str = "aut
             path = base.path.parent / "config.json"
             files["config.json"] = SideFile("config.json", path, str(path))
     else:
-        files = {f.name: f for f in _walk(base.directory, base.name)}
+        files = {f.name: f for f in _walk(base.directory, base.name, [c.folder for c in base.components])}
+    if base.components:
+        if tokenizer == "adapter":
+            message = "a pipeline has its tokenizers in folders of their own, and nothing says which the adapter's is"
+            raise InputError("adapter.tokenizer", message, fix="--tokenizer base", file=base.name)
+        return [files[name] for name in sorted(files)], "base"
+    return _tokenized(files, adapters, tokenizer)
+
+
+def with_tokenizer(own: Sequence[SideFile], adapters: Sequence[Adapter], tokenizer: str) -> list[SideFile]:
+    """The base's side files, with the tokenizer of an adapter instead of its own where that is asked."""
+    return _tokenized({file.name: file for file in own}, adapters, tokenizer)[0]
+
+
+def _tokenized(files: dict[str, SideFile], adapters: Sequence[Adapter], tokenizer: str) -> tuple[list[SideFile], str]:
     whose = "base" if any(_matches(name, TOKENIZER) for name in files) else ""
     bringers = [] if tokenizer == "base" else [a for a in adapters if _brings_tokenizer(a)]
     if tokenizer == "adapter" and not bringers:
@@ -108,12 +132,17 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
-def _walk(root: Path, shown: str) -> list[SideFile]:
-    """Regular files below a directory, stale ones left out. Links to files are followed, links to folders not."""
+def _walk(root: Path, shown: str, components: Sequence[str] = ()) -> list[SideFile]:
+    """Regular files below a directory, stale ones left out. Links to files are followed, links to folders not.
+
+    Beside the components of a pipeline, folders with weights are left out too: without those the rest is of no use.
+    """
     found = []
     for folder, folders, names in os.walk(root):
         inside = Path(folder).relative_to(root)
         folders[:] = sorted(f for f in folders if not _matches(f, STALE_FOLDERS))
+        if components and not inside.parts:
+            folders[:] = [f for f in folders if f in components or not _has_weights(root / f)]
         for name in sorted(names):
             path = Path(folder) / name
             if _matches(name, STALE) or not path.is_file():
@@ -121,6 +150,13 @@ def _walk(root: Path, shown: str) -> list[SideFile]:
             relative = (inside / name).as_posix()
             found.append(SideFile(relative, path, os.path.join(shown, relative)))
     return found
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        return any(_matches(name, WEIGHTS) for name in os.listdir(folder))
+    except OSError:
+        return False  # nor will there be anything to carry
 
 
 def _brings_tokenizer(adapter: Adapter) -> bool:
@@ -140,6 +176,8 @@ def read_side_file(file: SideFile) -> bytes:
     Raises:
         InputError: it cannot be read.
     """
+    if file.content is not None:
+        return file.content
     source = FileSource(file.path, file.origin)
     try:
         return source.read(0, source.size)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loramerge.adapters.adapter import Adapter
-from loramerge.adapters.updates import in_place
+from loramerge.adapters.updates import Update, apply_earlier, in_place
 from loramerge.errors import InputError, LoramergeError, UnsupportedError
+from loramerge.merging.bring_back import Recorder, bring_back, check_digests, edited
+from loramerge.merging.deltas import Deltas
 from loramerge.merging.kernels import COMPUTE_DTYPES, TORCH_DTYPES, Measured, NonFinite
 from loramerge.merging.lanes import CudaLane, DeviceLane, Lane, Operators, choose_device
 from loramerge.merging.plan import OutputFile, Plan, Step
+from loramerge.tensors.checkpoint import Located
 from loramerge.tensors.dtypes import bits, display
-from loramerge.tensors.hashing import BLOCK_BYTES, block_digest, row_blocks, row_layout, tensor_digest
+from loramerge.tensors.hashing import BLOCK_BYTES, block_digest, digest_tensor, row_blocks, row_layout, tensor_digest
 from loramerge.tensors.safetensors import TensorInfo
 from loramerge.tensors.text import quoted
 from loramerge.tensors.writer import AlignedBuffer
@@ -72,15 +74,35 @@ class _Work:
     digests: list[bytes]
     sources: list[bytes]
     measured: list[Measured]
+    originals: list[bytes]
+    """Digests of the blocks that were brought back, where that was done."""
     left: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     operators: Operators | None = None
 
 
+class FactorFile(Protocol):
+    """What factors are read from: an adapter, or what an undo file holds of one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def transposed(self) -> frozenset[str]: ...
+
+    @property
+    def checkpoint(self) -> _HasTensors: ...
+
+
+class _HasTensors(Protocol):
+    @property
+    def tensors(self) -> Mapping[str, Located]: ...
+
+
 class Factors:
     """Reads the adapters' factors in the compute dtype; a few stay in memory for updates that share them."""
 
-    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, adapters: Sequence[FactorFile], dtype: torch.dtype, device: torch.device) -> None:
         self._adapters = adapters
         self._dtype = dtype
         self._device = device
@@ -103,8 +125,13 @@ class Factors:
         located = source.checkpoint.tensors[key]
         raw = bytearray(located.info.nbytes)
         located.file.source.read_into(located.info.begin, memoryview(raw))
-        stored = torch.frombuffer(raw, dtype=TORCH_DTYPES[located.info.dtype]).view(located.info.shape)
-        tensor = stored.to(device=self._device, dtype=self._dtype)
+        held = TORCH_DTYPES[located.info.dtype]
+        flat = torch.frombuffer(raw, dtype=held) if raw else torch.empty(0, dtype=held)
+        stored = flat.view(located.info.shape)
+        if key in source.transposed:
+            stored = stored.mT
+        dtype = self._dtype if stored.is_floating_point() else torch.int64
+        tensor = stored.to(device=self._device, dtype=dtype).contiguous()
         if not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise InputError(
@@ -124,7 +151,13 @@ class Factors:
 
 
 def stream(
-    plan: Plan, sink: Sink, *, jobs: int, device: str = "auto", progress: Progress | None = None
+    plan: Plan,
+    sink: Sink,
+    *,
+    jobs: int,
+    device: str = "auto",
+    progress: Progress | None = None,
+    recorder: Recorder | None = None,
 ) -> dict[str, Result]:
     """Runs every step of a plan.
 
@@ -134,6 +167,7 @@ def stream(
         jobs: workers, each with one torch thread.
         device: where to compute.
         progress: told (bytes done, bytes in all) now and then, from this thread.
+        recorder: told what every changed block was, so that it can come back.
 
     Returns:
         what became of each tensor, by name.
@@ -142,12 +176,16 @@ def stream(
         InputError: non-finite factors or results, an input that changed or cannot be read.
         OutputError: from the sink.
     """
-    return _Run(plan, sink, jobs, choose_device(device)).run(progress)
+    return _Run(plan, sink, jobs, choose_device(device), recorder).run(progress)
 
 
 class _Run:
-    def __init__(self, plan: Plan, sink: Sink, jobs: int, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, sink: Sink, jobs: int, device: torch.device, recorder: Recorder | None = None
+    ) -> None:
         self.plan = plan
+        self.recorder = recorder
+        self.deltas = Deltas(plan.undo.adapters) if plan.undo is not None else None
         self.sink = sink
         self.jobs = jobs
         self.device = device
@@ -155,12 +193,13 @@ class _Run:
         self.factors = Factors([a for a, _ in plan.adapters], self.dtype, device)
         self.results: dict[str, Result] = {}
         self.files = list(plan.files)
-        self.total = sum(step.nbytes for file in self.files for step in file.steps)
+        self.total = sum(step.nbytes for file in self.files for step in file.written)
         self.done = 0
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self.files_left: dict[str, int] = {}
+        self.steps = {step.tensor: step for step in plan.steps}
         self.tasks: Iterator[tuple[Callable[..., None], tuple[Any, ...]]] = self._tasks()
 
     def run(self, progress: Progress | None) -> dict[str, Result]:
@@ -227,6 +266,8 @@ class _Run:
             for step in file.steps:
                 rows, row_bytes = row_layout(bits(step.dtype), step.shape)
                 longest = max(longest, row_bytes)
+                if self.recorder is not None or step.undo is not None:
+                    widest = max(widest, row_bytes)
                 if step.dtype != step.source.info.dtype and rows:
                     block = row_blocks(rows, row_bytes)
                     if block:
@@ -243,7 +284,13 @@ class _Run:
         for file in self.files:
             header, infos = file.layout()
             end = infos[-1].end if infos else len(header)
-            works = [self._work(file, step, info) for step, info in zip(file.steps, infos, strict=True)]
+            stay = {step.tensor for step in file.steps if file.lies_there(step)}
+            self.results |= {name: Result(None) for name in stay}
+            works = [
+                self._work(file, step, info)
+                for step, info in zip(file.steps, infos, strict=True)
+                if step.tensor not in stay
+            ]
             self.files_left[file.name] = sum(1 for w in works if w.left) + 1
             if not self.sink.begin(file, header, end):
                 self.done += sum(work.info.nbytes for work in works)
@@ -265,6 +312,8 @@ class _Run:
                     run = []
                 one = self._copy_block if work.step.verbatim else self._change_block
                 for index in range(len(work.blocks)):
+                    if self.recorder is not None and not work.step.verbatim:
+                        self.recorder.announce(work.step, index)
                     yield one, (work, index)
             if run:
                 yield self._copy_run, (run,)
@@ -274,7 +323,19 @@ class _Run:
         rows, row_bytes = row_layout(bits(step.dtype), step.shape)
         blocks = row_blocks(rows, row_bytes)
         n = len(blocks)
-        return _Work(file, step, info, rows, row_bytes, blocks, [b""] * n, [b""] * n, [Measured() for _ in range(n)], n)
+        return _Work(
+            file,
+            step,
+            info,
+            rows,
+            row_bytes,
+            blocks,
+            [b""] * n,
+            [b""] * n,
+            [Measured() for _ in range(n)],
+            [b""] * n,
+            n,
+        )
 
     def _copy_run(self, lane: Lane, run: list[_Work]) -> None:
         """Small tensors that lie side by side in source and output: one read, one write."""
@@ -302,8 +363,10 @@ class _Run:
     def _change_block(self, lane: Lane, work: _Work, index: int) -> None:
         operators = self._operators(lane, work)
         step = work.step
-        if not operators.each and step.dtype == step.source.info.dtype:
+        if not operators.each and step.undo is None and step.dtype == step.source.info.dtype:
             self._copy_block(lane, work, index)  # every update is zero: the bytes, not their sum with zero
+            if self.recorder is not None:
+                self.recorder.skip(step, index)
             return
         r0, r1 = work.blocks[index]
         cols = work.row_bytes * 8 // bits(step.dtype)
@@ -316,7 +379,8 @@ class _Run:
             # An odd tensor before this one left it at an odd offset, where kernels do not work: work beside it.
             target = torch.empty((r1 - r0) * cols, dtype=TORCH_DTYPES[step.dtype])
         in_row = cols * bits(step.source.info.dtype) // 8
-        if step.dtype == step.source.info.dtype and aligned:
+        keeps = self.recorder is not None or step.undo is not None  # the original, beside what it becomes
+        if step.dtype == step.source.info.dtype and aligned and not keeps:
             read, source = view, target
         else:
             buffer = lane.input()
@@ -325,38 +389,66 @@ class _Run:
         step.source.file.source.read_into(step.source.info.begin + r0 * in_row, read)
         if step.source.input == 0:
             work.sources[index] = block_digest(read)
+        if step.undo is not None:
+            source = self.brought_back(step, index, source, r0 * cols, cols)
+            work.originals[index] = block_digest(source.view(torch.uint8).numpy().data)
         measure = any(u.kind != "token-rows" for u in step.updates)
-        try:
-            work.measured[index] = lane.change(source, target, r0 * cols, cols, operators, measure)
-        except NonFinite as error:
-            raise self._non_finite(work, error) from None
+        if operators.each:
+            try:
+                work.measured[index] = lane.change(source, target, r0 * cols, cols, operators, measure)
+            except NonFinite as error:
+                raise self._non_finite(work, error) from None
+        else:
+            target.copy_(source)
+        if self.recorder is not None and operators.each:
+            self.recorder.record(step, index, source, target, r0 * cols, cols)
+        elif self.recorder is not None:
+            self.recorder.skip(step, index)
         if not aligned:
             view[:] = target.view(torch.uint8).numpy().data
         work.digests[index] = block_digest(view)
         self.sink.write(work.file, offset, view)
         self._block_done(work, length)
 
+    def brought_back(self, step: Step, index: int, merged: Tensor, first: int, cols: int) -> Tensor:
+        """The original of a merged block."""
+        undo = self.plan.undo
+        assert undo is not None and self.deltas is not None
+        try:
+            return bring_back(undo, step.source.name, index, merged, first, cols, self.deltas)
+        except InputError as error:
+            info, undone = step.source.info, undo.tensors[step.source.name]
+            held = digest_tensor(step.source.file.source, info.begin, bits(info.dtype), info.shape)
+            if undone.merged in (None, held):
+                raise
+            raise edited(step.source.name, self.plan.base.name) from error  # the code is right, what it is for is not
+
     def _operators(self, lane: Lane, work: _Work) -> Operators:
         """The operators of a tensor, built by the worker that needs them first."""
         with work.lock:
             if work.operators is None:
-                built = [u.operator(self.factors.read, lambda: self._blocks(work)) for u in work.step.updates]
+                built = [u.operator(self.factors.read, _Weights(self, work.step)) for u in work.step.updates]
                 lane.finish_operators()
                 each = [o for o in built if o is not None]
                 work.operators = Operators(each, not in_place(work.step.updates))
         return work.operators
 
-    def _blocks(self, work: _Work) -> Iterator[tuple[int, Tensor]]:
-        """The source tensor in blocks of whole rows, in the compute dtype, for updates that need two passes."""
-        info = work.step.source.info
-        cols = work.row_bytes * 8 // bits(work.step.dtype)
+    def source_blocks(self, step: Step) -> Iterator[tuple[int, Tensor]]:
+        """(first element, block) over a step's source tensor, in whole rows, in the compute dtype."""
+        info = step.source.info
+        rows, row_bytes = row_layout(bits(step.dtype), step.shape)
+        cols = row_bytes * 8 // bits(step.dtype)
         in_row = cols * bits(info.dtype) // 8
         per = max(1, (4 << 20) // in_row)
-        for r0 in range(0, work.rows, per):
-            n = min(per, work.rows - r0)
-            raw = bytearray(n * in_row)
-            work.step.source.file.source.read_into(info.begin + r0 * in_row, memoryview(raw))
+        cuts = [(r0, min(r0 + per, rows)) for r0 in range(0, rows, per)]
+        if step.undo is not None:
+            cuts = row_blocks(rows, row_bytes)  # as they were recorded
+        for index, (r0, r1) in enumerate(cuts):
+            raw = bytearray((r1 - r0) * in_row)
+            step.source.file.source.read_into(info.begin + r0 * in_row, memoryview(raw))
             stored = torch.frombuffer(raw, dtype=TORCH_DTYPES[info.dtype])
+            if step.undo is not None:
+                stored = self.brought_back(step, index, stored, r0 * cols, cols)
             yield r0 * cols, stored.to(device=self.device, dtype=self.dtype)
 
     def _block_done(self, work: _Work, nbytes: int) -> None:
@@ -365,6 +457,10 @@ class _Run:
             work.left -= 1
             if work.left:
                 return
+        if work.step.undo is not None:
+            assert self.plan.undo is not None
+            check_digests(self.plan.undo, work.step.source.name, work.sources, work.originals, self.plan.base.name)
+        with self.lock:
             self.results[work.step.tensor] = _result(work)
             work.operators = None
         self._file_part_done(None, work.file)
@@ -396,6 +492,23 @@ class _Run:
         )
 
 
+class _Weights:
+    """The weights of the base as an update of one tensor may see them (`loramerge.adapters.updates.Weights`)."""
+
+    def __init__(self, run: _Run, step: Step) -> None:
+        self._run = run
+        self._step = step
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        return self._run.source_blocks(self._step)
+
+    def before(self, tensor: str, update: Update) -> Tensor:
+        step = self._run.steps[tensor]
+        whole = torch.cat([block for _, block in self._run.source_blocks(step)])
+        apply_earlier(whole, step.updates, update, self._run.factors.read, _Weights(self._run, step))
+        return whole
+
+
 def _adjacent(run: list[_Work], work: _Work) -> bool:
     """Whether a tensor follows a run directly, in the source file and in the output, and still fits one block."""
     first, last = run[0], run[-1]
@@ -414,7 +527,9 @@ def _tensor(buffer: AlignedBuffer, offset: int, rows: int, cols: int, dtype: str
 
 def _result(work: _Work) -> Result:
     result = Result(tensor_digest(work.digests))
-    if work.step.source.input == 0:
+    if work.step.undo is not None:
+        result.source_digest = tensor_digest(work.originals)
+    elif work.step.source.input == 0:
         sources = work.sources if all(work.sources) else work.digests
         same_layout = work.step.dtype == work.step.source.info.dtype
         result.source_digest = tensor_digest(sources) if same_layout else None

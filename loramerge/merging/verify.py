@@ -1,25 +1,30 @@
-"""Checks an output against its receipt, and replays the merge that made it."""
+"""Checks an output against its receipt, replays the merge that made it, and tries its way back."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loramerge.errors import InputError
+from loramerge import pickled
+from loramerge.errors import InputError, LoramergeError, MismatchError
 from loramerge.merging import receipt as receipts
+from loramerge.merging import recorded, unmerge
 from loramerge.merging.plan import OutputFile, Plan
 from loramerge.merging.run import Adapters, Options, Pathlike, jobs_for, plan_tensors, weighted
+from loramerge.merging.undo import undo_path
+from loramerge.tensors.checkpoint import open_checkpoint
 from loramerge.tensors.dtypes import bits
 from loramerge.tensors.hashing import block_digest, digest_tensor, sha256_file
+from loramerge.tensors.interrupted import refuse_interrupted
 from loramerge.tensors.safetensors import Header, read_header
 from loramerge.tensors.shards import check_name
 from loramerge.tensors.source import FileSource
-from loramerge.tensors.text import quoted
 
 if TYPE_CHECKING:
-    from loramerge.merging.stream import Progress
+    from loramerge.merging.stream import Progress, Result
 
 
 def verify(
@@ -27,67 +32,68 @@ def verify(
     base: Pathlike | None,
     adapters: Adapters | None,
     *,
+    undo: bool = False,
     allow_pickle: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """See `loramerge.verify`."""
     path = Path(out)
+    refuse_interrupted(path, str(out))
     single = path.is_file()
     receipt_at = receipts.receipt_path(path, single)
-    data = receipts.read_receipt(receipt_at, str(receipt_at))
+    where = str(receipt_at)
+    data = receipts.read_receipt(receipt_at, where)
+    if undo:
+        _check_has_undo(path, single)
     folder = path.parent if single else path
     tensors: dict[str, dict[str, Any]] = data["tensors"]
     files = [_check_side_file(folder, row) for row in data["side_files"]]
+    if isinstance(data.get("undo"), dict):
+        # A single file may have been renamed, with what lies beside it.
+        name = undo_path(path, single).name
+        files.append(_check_side_file(folder, {**data["undo"], "name": name}))
     found: dict[str, str | None] = {}
+    quiet = base is not None or undo
     for row in data["files"]:
-        name = path.name if single else _name(row, str(receipt_at))
-        files.append(_digest_file(folder, name, row, tensors, found, jobs or 2, progress if base is None else None))
+        name = path.name if single else _name(row, where)
+        files.append(_digest_file(folder, name, row, tensors, found, jobs or 2, None if quiet else progress))
     expected = {name: row.get("digest") for name, row in tensors.items()}
     differ = [name for name, digest in expected.items() if digest is not None and found.get(name) != digest]
     differ += [name for name in found if name not in expected]
-    replayed = base is not None
     if base is not None:
-        if adapters is None:
-            adapters = [(str(row.get("source")), _weight(row, str(receipt_at))) for row in data["adapters"]]
-        options = _options(data["options"], str(receipt_at), jobs, allow_pickle)
-        digests = _replay(base, adapters, options, path.name if single else None, progress)
+        options = recorded.options_of(data, where, jobs=jobs, allow_pickle=allow_pickle)
+        if data.get("command") == "unmerge":
+            digests = _digests_of(base, options, None if undo else progress)
+        else:
+            given = recorded.adapters_of(data, where) if adapters is None else adapters
+            digests = _replay(base, given, options, path.name if single else None, None if undo else progress)
         differ += [n for n in expected if n not in differ and digests.get(n) != found.get(n)]
         differ += [n for n in digests if n not in expected and n not in differ]
+    back = _bring_back(path, jobs, progress) if undo else None
     return {
         "schema": 1,
-        "ok": not differ and all(row["ok"] for row in files),
+        "ok": not differ and all(row["ok"] for row in files) and (back is None or back["ok"]),
         "out": str(out),
+        "command": str(data.get("command", "merge")),
         "tensors": len(expected),
         "equal": len([n for n in expected if n not in set(differ)]),
         "differ": sorted(differ),
         "files": files,
-        "replayed": replayed,
+        "replayed": base is not None,
+        "undo": back,
     }
 
 
-def _options(recorded: dict[str, Any], where: str, jobs: int | None, allow_pickle: bool) -> Options:
-    """The options of the merge, from its receipt: only those that a receipt records, each of its own type."""
-    known = Options().recorded()
-    kinds: dict[str, Any] = {
-        "include": list,
-        "exclude": list,
-        "enable_lora": list,
-        "alpha": (int, float),
-        "shard_size": int,
-    }
-    for name, value in recorded.items():
-        kind = kinds.get(name, type(known.get(name)))
-        if name not in known or not (value is None or isinstance(value, kind)):
-            raise InputError("receipt.invalid", f"has an option {quoted(name)} that means nothing", file=where)
-    return Options(**recorded, jobs=jobs, allow_pickle=allow_pickle)
-
-
-def _weight(row: Mapping[str, Any], where: str) -> float:
-    weight = row.get("weight")
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise InputError("receipt.invalid", "has an adapter without a weight", file=where)
-    return float(weight)
+def _check_has_undo(path: Path, single: bool) -> None:
+    """Raises MismatchError where there is no undo file to try."""
+    if not undo_path(path, single).is_file():
+        raise MismatchError(
+            "unmerge.no-undo",
+            "has no undo file beside it",
+            fix="leave --undo away; merge with --reversible to have one",
+            file=str(path),
+        )
 
 
 def _name(row: Any, where: str) -> str:
@@ -118,6 +124,8 @@ def _digest_file(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Digests every tensor of one file into `found`."""
+    component = row.get("component")
+    inside = f"{component}/" if isinstance(component, str) and component else ""
     try:
         source = FileSource(folder / name, str(folder / name))
         header = read_header(source)
@@ -128,7 +136,7 @@ def _digest_file(
         digests = pool.map(lambda i: digest_tensor(source, i.begin, bits(i.dtype), i.shape), infos)
         done = 0
         for info, digest in zip(infos, digests, strict=True):
-            found[info.name] = digest
+            found[inside + info.name] = digest
             done += info.nbytes
             if progress is not None:
                 progress(done, header.size)
@@ -162,7 +170,45 @@ def _replay(
     base: Pathlike, adapters: Adapters, options: Options, single: str | None, progress: Progress | None
 ) -> dict[str, str | None]:
     plan: Plan = plan_tensors(base, weighted(adapters), options, single_file=single)
+    return {name: result.digest for name, result in _streamed(plan, options, progress).items()}
+
+
+def _digests_of(base: Pathlike, options: Options, progress: Progress | None) -> dict[str, str | None]:
+    """The digests of all tensors of a checkpoint."""
+    read_pickle = pickled.read_header if options.allow_pickle else None
+    checkpoint = open_checkpoint(os.fspath(base), read_pickle=read_pickle)
+    done, digests = 0, {}
+    try:
+        for name, located in checkpoint.tensors.items():
+            info = located.info
+            digests[name] = digest_tensor(located.file.source, info.begin, bits(info.dtype), info.shape)
+            done += info.nbytes
+            if progress is not None:
+                progress(done, checkpoint.nbytes)
+    finally:
+        checkpoint.close()
+    return {**digests}
+
+
+def _bring_back(path: Path, jobs: int | None, progress: Progress | None) -> dict[str, Any]:
+    """Un-merges without writing: whether every tensor that the undo file has comes back as it was."""
+    options = Options(jobs=jobs)
+    try:
+        merged = unmerge.open_merged(path, needs_undo=True)
+        try:
+            plan = unmerge.plan_unmerge(merged, options)
+            results = _streamed(plan, options, progress)
+            proved = unmerge.check_results(plan, merged, {}, None, results)["proved"]
+        finally:
+            merged.close()
+    except LoramergeError as error:
+        if not error.code.startswith(("undo.", "unmerge.")):
+            raise
+        return {"ok": False, "why": error.message, "tensors": list(error.tensors), "back": 0}
+    return {"ok": True, "why": "", "tensors": [], "back": proved}
+
+
+def _streamed(plan: Plan, options: Options, progress: Progress | None) -> Mapping[str, Result]:
     from loramerge.merging.stream import stream
 
-    results = stream(plan, _NoSink(), jobs=jobs_for(plan, options), device=options.device, progress=progress)
-    return {name: result.digest for name, result in results.items()}
+    return stream(plan, _NoSink(), jobs=jobs_for(plan, options), device=options.device, progress=progress)

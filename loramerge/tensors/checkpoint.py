@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loramerge.errors import InputError, MismatchError, UnsafeError, UnsupportedError
-from loramerge.tensors import magic, safetensors, shards, strictjson
+from loramerge.tensors import gguf, magic, pipeline, safetensors, shards, strictjson
+from loramerge.tensors.interrupted import refuse_interrupted
 from loramerge.tensors.safetensors import Header, TensorInfo
 from loramerge.tensors.source import ByteSource, FileSource, stat_file, unreadable
 from loramerge.tensors.text import quoted, some
@@ -26,15 +28,27 @@ _ADAPTERS = ("adapter_model.", "adapter_model-", "adapters.", "pytorch_lora_weig
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 _COMPONENTS = ("transformer", "unet", "prior", "decoder")
 
+# Where a directory holds several files of weights, the first of these is the one that loaders take.
+_USUAL = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_USUAL_PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
+
+# `model.safetensors.index.json`, or `model.safetensors.index.fp16.json` for the variant fp16.
+_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
+
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of weights. `name`: relative to the checkpoint's directory (posix); `kind`: how it is kept."""
+    """One file of weights. `name`: relative to the checkpoint's directory (posix); `kind`: how it is kept.
+
+    `component`: the folder of a pipeline that it is of. The names in `header` then begin with it: `unet/conv_in.weight`
+    is `conv_in.weight` in the file.
+    """
 
     name: str
     source: ByteSource
     header: Header
-    kind: str  # "safetensors" or "pickle"
+    kind: str  # "safetensors", "pickle" or "gguf"
+    component: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,11 +60,23 @@ class Located:
 
 
 @dataclass(frozen=True)
+class Component:
+    """One model of a pipeline: its folder, its class as the pipeline calls it, its tensors by their own names."""
+
+    folder: str
+    class_name: str
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Tensors by name in one or more files, from headers alone.
 
     `directory` is None for a single file. `index` is the index's metadata and `index_name` its file name,
     both None without an index. `tensors` goes file by file (sorted by name), in each by offset.
+
+    A pipeline has `components`; its files and tensors are theirs, named `folder/file` and `folder/tensor`, and it has
+    neither index nor config of its own.
     """
 
     name: str
@@ -61,6 +87,12 @@ class Checkpoint:
     index: dict[str, Any] | None
     index_name: str | None
     config: dict[str, Any] | None
+    components: tuple[Component, ...] = ()
+
+    @property
+    def models(self) -> tuple[Component, ...]:
+        """The components; of a checkpoint of one model, that model, in no folder."""
+        return self.components or (Component("", "", self),)
 
     @property
     def nbytes(self) -> int:
@@ -92,15 +124,90 @@ def open_checkpoint(
         weight_names: look for these file names only, the first that exists (for adapter directories).
 
     Raises:
-        InputError: ``input.*``, ``safetensors.*``, ``index.*``, ``config.invalid``,
-            ``checkpoint.no-weights``, ``checkpoint.ambiguous``; UnsafeError: ``pickle.refused``,
-            ``index.unsafe-name``; MismatchError: ``base.is-adapter``; UnsupportedError: ``base.pipeline``.
+        InputError: ``input.*`` (``input.interrupted``: it is being rewritten in place, or such a run was
+            interrupted), ``safetensors.*``, ``index.*``, ``config.invalid``,
+            ``checkpoint.no-weights``, ``checkpoint.ambiguous``, ``pipeline.*``; UnsafeError: ``pickle.refused``,
+            ``index.unsafe-name``, ``pipeline.unsafe-name``; MismatchError: ``base.is-adapter``; UnsupportedError:
+            ``base.pipeline``: a pipeline whose index names no weights.
     """
     name = str(path)
     if not name:
         raise InputError("input.missing", "the path is empty", fix="give a file or a directory", file="''")
     path = Path(path)
     stat_file(path, name)
+    if weight_names is None and path.is_dir() and pipeline.is_pipeline(path):
+        refuse_interrupted(path, name)
+        return _open_pipeline(path, name, read_pickle)
+    return _open_model(path, name, read_pickle, weight_names)
+
+
+def _open_pipeline(path: Path, name: str, read_pickle: PickleReader | None) -> Checkpoint:
+    """Opens every component that holds weights, each as the checkpoint that it is."""
+    components: list[Component] = []
+    with contextlib.ExitStack() as on_failure:
+        for listed in pipeline.read_model_index(path, name):
+            folder, where = path / listed.folder, os.path.join(name, listed.folder)
+            if not _holds_weights(folder, where):
+                continue
+            opened = _open_model(folder, where, read_pickle, None)
+            on_failure.callback(opened.close)
+            components.append(Component(listed.folder, listed.class_name, opened))
+        if not components:
+            names = _listdir(path, name)
+            example = next((n for n in _COMPONENTS if n in names), "transformer")
+            message = f"is a pipeline whose {pipeline.INDEX} lists no component that holds weights"
+            fix = f"give one component folder, for example {os.path.join(name, example)}"
+            raise UnsupportedError("base.pipeline", message, fix=fix, file=name)
+        on_failure.pop_all()
+    files = tuple(_in_component(file, c.folder) for c in components for file in c.checkpoint.files)
+    return Checkpoint(
+        name=name,
+        path=path,
+        directory=path,
+        files=files,
+        tensors={info.name: Located(file, info) for file in files for info in file.header.tensors.values()},
+        index=None,
+        index_name=None,
+        config=None,
+        components=tuple(components),
+    )
+
+
+def _holds_weights(folder: Path, where: str) -> bool:
+    """Whether a component is a model; schedulers, tokenizers and the like are none.
+
+    Raises:
+        InputError: `pipeline.missing-weights` for a model whose weights are not there.
+    """
+    try:
+        _choose(folder, where, None)
+    except InputError as error:
+        if error.code != "checkpoint.no-weights":
+            raise
+        if pipeline.is_model_without_weights(folder):
+            fix = "download its weights as well, in safetensors format"
+            raise InputError("pipeline.missing-weights", error.message, fix=fix, file=where) from None
+        return False
+    return True
+
+
+def is_index(name: str) -> bool:
+    """Whether a file name is that of an index of weight files."""
+    return _INDEX.search(name) is not None
+
+
+def _in_component(file: WeightFile, folder: str) -> WeightFile:
+    """A file of a component under the names that the pipeline has for it and its tensors."""
+    tensors = {f"{folder}/{key}": replace(info, name=f"{folder}/{key}") for key, info in file.header.tensors.items()}
+    header = replace(file.header, tensors=tensors)
+    return replace(file, name=f"{folder}/{file.name}", header=header, component=folder)
+
+
+def _open_model(
+    path: Path, name: str, read_pickle: PickleReader | None, weight_names: Sequence[str] | None
+) -> Checkpoint:
+    """Opens the checkpoint of one model."""
+    refuse_interrupted(path, name)
     directory = path if path.is_dir() else None
     config_directory = path.parent if path.name == "model.safetensors" else directory
     index: shards.Index | None = None
@@ -109,8 +216,9 @@ def open_checkpoint(
             files = [_open_file(path, path.name, name, read_pickle, on_failure)]
         else:
             choice, single = _choose(directory, name, weight_names)
-            if choice.endswith(".index.json"):
-                suffixes = (".safetensors",) if choice.endswith(".safetensors.index.json") else PICKLE_SUFFIXES
+            if (named := _INDEX.search(choice)) is not None:
+                stem = choice[: named.start()]
+                suffixes = (".safetensors",) if stem.endswith(".safetensors") else PICKLE_SUFFIXES
                 if suffixes is PICKLE_SUFFIXES and read_pickle is None:
                     raise _pickle_refused(os.path.join(name, choice))
                 index = shards.read_index(directory / choice, os.path.join(name, choice), suffixes)
@@ -148,6 +256,10 @@ def _open_file(
     if kind == "safetensors" and lower.endswith(PICKLE_SUFFIXES):
         what, fix = magic.describe(kind)
         raise InputError("input.format", f"is {what} under the name of a PyTorch file", fix=fix, file=where)
+    if kind == "gguf":
+        header, decoded = gguf.read_header(source)
+        if header.metadata.get("general.type") == "adapter":
+            return WeightFile(name, decoded, header, "gguf")
     return WeightFile(name, source, safetensors.read_header(source), "safetensors")
 
 
@@ -182,30 +294,26 @@ def _check_same(directory: Path, name: str, index: shards.Index, single: str, re
 
 
 def _choose(directory: Path, where: str, weight_names: Sequence[str] | None) -> tuple[str, str | None]:
-    """The weight file or index to open, and the single file that lies beside an index."""
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise unreadable(error, where) from None
+    """The weight file or index to open, and the single file that lies beside an index.
+
+    Safetensors go before pickles, an index before files, plain files before those of a variant (`model.fp16.`).
+    """
+    names = _listdir(directory, where)
     if weight_names is not None:
         for name in weight_names:
             if name in names:
                 return name, None
         raise _no_weights(names, where, f"holds no {' or '.join(weight_names)}")
-    if "model_index.json" in names:
-        component = next((name for name in _COMPONENTS if name in names), "transformer")
-        message = "is a diffusers pipeline of several models, not one checkpoint"
-        fix = f"give one component folder, for example {os.path.join(where, component)}"
-        raise UnsupportedError("base.pipeline", message, fix=fix, file=where)
     weights = [name for name in names if not name.startswith((*_ADAPTERS, *_NOT_WEIGHTS, "."))]
-    groups = (((".safetensors",), "model.safetensors"), (PICKLE_SUFFIXES, "pytorch_model.bin"))
-    for suffixes, usual in groups:
-        indexes = [name for name in weights if name.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
-        chosen = _one(indexes, f"{usual}.index.json", where)
+    for suffixes, usual in (((".safetensors",), _USUAL), (PICKLE_SUFFIXES, _USUAL_PICKLED)):
+        indexes = [n for n in weights if (m := _INDEX.search(n)) and n[: m.start()].endswith(suffixes)]
+        plain = [n for n in indexes if n.endswith(".index.json")]
+        chosen = _one(plain, [f"{u}.index.json" for u in usual], where)
         if chosen is not None:
             single = chosen.removesuffix(".index.json")
             return chosen, single if single in names else None
-        chosen = _one([name for name in weights if name.endswith(suffixes)], usual, where)
+        files = [name for name in weights if name.endswith(suffixes)]
+        chosen = next((u for u in usual if u in files), None) or _one(indexes, [], where) or _one(files, usual, where)
         if chosen is not None:
             return chosen, None
     adapters = [name for name in names if name.startswith(_ADAPTERS) and not name.endswith(".json")]
@@ -215,15 +323,24 @@ def _choose(directory: Path, where: str, weight_names: Sequence[str] | None) -> 
     raise _no_weights(names, where, "holds no weights")
 
 
-def _one(names: list[str], usual: str, where: str) -> str | None:
-    """`usual` if it is there, else the only name, else None; several are an error."""
-    if usual in names or len(names) < 2:
-        return usual if usual in names else next(iter(names), None)
+def _listdir(directory: Path, where: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError as error:
+        raise unreadable(error, where) from None
+
+
+def _one(names: list[str], usual: Sequence[str], where: str) -> str | None:
+    """The first of `usual` that is there, else the only name, else None; several are an error."""
+    if len(names) < 2:
+        return next(iter(names), None)
+    if (chosen := next((u for u in usual if u in names), None)) is not None:
+        return chosen
     message = f"holds several weight files, and none says which is meant: {some(names)}"
     fix = f"give one of the files, for example {os.path.join(where, names[0])}"
     if all("-of-" in name for name in names):
         message = f"holds the parts of a sharded checkpoint without its index: {some(names)}"
-        fix = f"download {usual}.index.json into the directory"
+        fix = f"download {usual[0]}.index.json into the directory" if usual else fix
     raise InputError("checkpoint.ambiguous", message, fix=fix, file=where)
 
 

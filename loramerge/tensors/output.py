@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Literal
 
 from loramerge.errors import OutputError, UsageError
+from loramerge.tensors.interrupted import refuse_interrupted
 from loramerge.tensors.writer import fsync_path, linux_call, output_error, output_errors
 
 What = Literal["file", "directory"]
@@ -52,9 +53,11 @@ def check_destination(dest: Path, *, inputs: Sequence[Path], force: bool, what: 
         OutputError: ``output.is-input`` (equal to, inside or around an input; with ``force`` too),
             ``output.exists``, ``output.no-parent``, ``output.permission``, ``output.kind``,
             ``output.not-a-model`` (``force`` would delete something that is no model), ``output.io``.
+        InputError: ``input.interrupted``: there is a model that was being rewritten in place.
     """
     if "\0" in str(dest):
         raise UsageError("output.name", "the output's name has a null byte in it", fix="choose another name with -o")
+    refuse_interrupted(dest, str(dest))
     with output_errors(dest):
         place = _locate(dest)
         parent = _stat(place.parent)
@@ -310,12 +313,22 @@ def sweep(dest: Path) -> None:
                 with contextlib.suppress(OSError):  # another run was faster
                     os.rename(old, place)
             else:
-                _remove(old)
-        for partial in list(_abandoned(place, "partial")):
-            _remove(partial)
+                remove_tree(old)
+        sweep_partials(place)
 
 
-def _remove(directory: Path) -> bool:
+def partial_path(place: Path) -> Path:
+    """A name beside ``place``, of this process alone, for what is to become it or has been it."""
+    return place.with_name(f"{_stem(place)}.partial-{_suffix()}")
+
+
+def sweep_partials(place: Path) -> None:
+    """Clears the partials that dead processes of this host left beside ``place``."""
+    for partial in list(_abandoned(place, "partial")):
+        remove_tree(partial)
+
+
+def remove_tree(directory: Path) -> bool:
     """Deletes a tree, links in it and not what they lead to; whether it is gone."""
     shutil.rmtree(directory, ignore_errors=True)
     return _lstat(directory) is None
@@ -393,8 +406,8 @@ class Output:
                 if _lstat(self._place) is None:
                     os.rename(self._old, self._place)
                 else:
-                    _remove(self._old)
-        if self._partial is not None and not _remove(self._partial):
+                    remove_tree(self._old)
+        if self._partial is not None and not remove_tree(self._partial):
             self.leftover = self._partial
         self._partial = None
 
@@ -465,7 +478,7 @@ class Output:
         if _rename2(self.directory, self._place, _EXCHANGE):
             # The old output now has the partial's name: should we be killed here, the next run sweeps it.
             fsync_path(self._place.parent)
-            if not _remove(self.directory):
+            if not remove_tree(self.directory):
                 self.leftover = self._partial
             self._partial = None
             return
@@ -479,7 +492,7 @@ class Output:
             raise
         self._partial = None
         fsync_path(self._place.parent)
-        if not _remove(self._aside):
+        if not remove_tree(self._aside):
             self.leftover = self._aside
         self._old = None
 

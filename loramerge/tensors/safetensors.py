@@ -100,6 +100,43 @@ def read_header(source: ByteSource) -> Header:
     return Header({info.name: info for info in infos}, metadata, start, size)
 
 
+class _Held:
+    """The bytes of a header alone, as the source of the file that it is of."""
+
+    def __init__(self, raw: bytes, name: str, size: int) -> None:
+        self.name, self.size, self._raw = name, size, raw
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._raw[offset : offset + length]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.read(offset, len(buffer))
+
+    def check_unchanged(self) -> None:
+        """It is in memory."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def parse_header(raw: bytes, where: str = "") -> dict[str, TensorInfo]:
+    """The tensors that a header's bytes list, by name, as `read_header` checks them in a file.
+
+    Raises:
+        InputError: as `read_header`.
+    """
+    document = strictjson.loads(
+        raw[8:], where=where, code="safetensors.json", max_bytes=MAX_HEADER_BYTES, allow_bom=False
+    )
+    rows = [row for name, row in document.items() if name != METADATA_KEY] if isinstance(document, dict) else []
+    ends = [row["data_offsets"][1] for row in rows if isinstance(row, dict) and _is_range(row.get("data_offsets"))]
+    return read_header(_Held(raw, where, len(raw) + max(ends, default=0))).tensors
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and type(value[1]) is int
+
+
 def encode_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]],
     metadata: Mapping[str, str],

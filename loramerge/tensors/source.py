@@ -1,4 +1,4 @@
-"""Where bytes come from: a small protocol, and the file on disk that implements it."""
+"""Where bytes come from: a small protocol, and what implements it: a file on disk, and memory."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class FileSource:
 
     def __del__(self) -> None:
         # A plan that nobody carries out holds sources that nobody closes.
-        if getattr(self, "_fd", -1) >= 0:
+        if getattr(self, "_fd", -1) >= 0 and os is not None:  # None when Python is about to end
             self.close()
 
     def __repr__(self) -> str:
@@ -165,6 +165,37 @@ class FileSource:
 
     def _unreadable(self, error: OSError) -> InputError:
         return unreadable(error, self.name)
+
+
+class MemorySource:
+    """Bytes in memory.
+
+    Args:
+        data: the bytes.
+        name: what they are of, for messages.
+    """
+
+    def __init__(self, data: bytes, name: str) -> None:
+        self.name = name
+        self.size = len(data)
+        self._data = data
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole of `buffer` from `offset` on."""
+        buffer.cast("B")[:] = self.read(offset, buffer.nbytes)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on; InputError ``input.truncated`` beyond the end."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            message = f"bytes {offset} to {offset + length} are asked for, there are {self.size}"
+            raise InputError("input.truncated", message, file=self.name)
+        return self._data[offset : offset + length]
+
+    def check_unchanged(self) -> None:
+        """Nothing changes them."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def stat_file(path: Path, name: str) -> os.stat_result:

@@ -304,6 +304,23 @@ class FileWriter:
                 raise
 
 
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of ``data`` into an open file, at ``offset``. Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += _some(os.pwrite(fd, data[done:], offset + done))
+
+
+def start_write_back(fd: int, offset: int, length: int) -> None:
+    """Has the kernel begin to write a range to the device, where it knows how, so that a later fsync waits less."""
+    if _sync_file_range is not None and length:
+        try:
+            _sync_file_range(fd, offset, length, _START_WRITE_BACK)
+        except OSError as exc:
+            if exc.errno not in _NOT_SUPPORTED | {errno.ESPIPE}:
+                raise
+
+
 def write_small_file(path: Path, data: bytes) -> None:
     """Creates ``path`` with these bytes, on the device when it returns.
 
