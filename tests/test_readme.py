@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -26,7 +27,14 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     lines = [line.partition(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("loramerge ")]
+    return [line for line in lines if re.match(r"(\w+=\S+ )*loramerge ", line)]
+
+
+def words(command: str) -> tuple[dict[str, str], list[str]]:
+    """The variables set for a command, and its words after `loramerge`."""
+    split = shlex.split(command)
+    at = split.index("loramerge")
+    return dict(word.split("=", 1) for word in split[:at]), split[at + 1 :]
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +61,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = f"roberta.encoder.layer.0.attention.self.{n}"
         factors |= {f"{path}.lora_A": torch.randn(2, 8), f"{path}.lora_B": torch.randn(8, 2)}
     torch.save(factors, here / "roberta_base_lora_mnli.bin")
+    (here / "examples").symlink_to(ROOT / "examples")
+    for out, flags in (
+        ("merged", []),
+        ("hot", ["--reversible"]),
+        ("cold", ["--reversible"]),
+        ("served", ["--reversible"]),
+    ):
+        # Commands that read what others write run without those too; the tests may be split over processes.
+        make = [sys.executable, "-m", "loramerge", "merge", "base", "lora", "-o", out, "-q", *flags]
+        subprocess.run(make, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    example = runpy.run_path(str(ROOT / "examples" / "own_dialect.py"))
+    example["write_acme"](str(here / "base"), str(here / "acme.safetensors"))
     return here
 
 
 def test_the_readme_has_commands() -> None:
-    verbs = {shlex.split(c)[1] for c in commands()}
-    assert verbs == {"merge", "verify", "inspect", "diff", "doctor", "demo"}
+    verbs = {words(c)[1][0] for c in commands()}
+    assert verbs == {
+        "merge", "unmerge", "switch", "recover", "convert", "verify", "inspect", "diff", "doctor", "demo",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", commands())
 def test_command_of_the_readme(command: str, folder: Path) -> None:
-    words = [sys.executable, "-m", "loramerge", *shlex.split(command)[1:]]
-    if "-o" in words and words[1 + words.index("-o")] == "./merged" and (folder / "merged").exists():
-        words.append("--force")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
-    expected = 1 if words[3] == "diff" else 0  # a merged model differs from its base
+    variables, arguments = words(command)
+    if "-o" in arguments and (folder / arguments[1 + arguments.index("-o")]).exists():
+        arguments.append("--force")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    program = [sys.executable, "-m", "loramerge", *arguments]
+    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
+    expected = 1 if arguments[0] == "diff" else 0  # a merged model differs from its base
     assert done.returncode == expected, done.stdout + done.stderr
 
 
@@ -93,6 +116,7 @@ def test_python_of_the_readme(folder: Path) -> None:
     [
         ("merge_two_adapters.py", ["base", "style", "tone", "example-out"]),
         ("merge_state_dict.py", ["one.safetensors", "style"]),
+        ("own_dialect.py", ["base", "acme-out"]),
     ],
 )
 def test_example_runs(example: str, arguments: list[str], folder: Path) -> None:
@@ -100,8 +124,8 @@ def test_example_runs(example: str, arguments: list[str], folder: Path) -> None:
     if "one.safetensors" in arguments and not (folder / "one.safetensors").exists():
         make = [sys.executable, "-m", "loramerge", "merge", "base", "tone", "-o", "one.safetensors", "-q"]
         subprocess.run(make, cwd=folder, env=environment, check=True)
-    words = [sys.executable, str(ROOT / "examples" / example), *arguments]
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    program = [sys.executable, str(ROOT / "examples" / example), *arguments]
+    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "changed" in done.stdout
 
