@@ -16,18 +16,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "loramerge"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = ("merge", "verify", "inspect", "diff", "doctor", "demo")
+COMMANDS = ("merge", "unmerge", "switch", "recover", "convert", "verify", "inspect", "diff", "doctor", "demo")
 
 # Imports point downwards: from a higher rank to a lower one, or within one part. Parts of one rank stay apart.
 RANKS = {
     "errors": 0,
-    "formats": 0,
+    "formats": 1,
     "tensors": 1,
     "algebra": 1,
     "pickled": 2,
     "adapters": 2,
     "binding": 3,
     "merging": 4,
+    "converting": 4,
     "export": 4,
     "hub": 4,
     "analysis": 4,
