@@ -27,8 +27,8 @@ from loramerge.tensors.text import quoted
 if TYPE_CHECKING:
     from loramerge.merging.stream import FactorFile
 
-PIECE = 1 << 20
-"""Elements of a piece: its update in float64 takes 8 MB, where it is not computed in chunks."""
+PIECE = 1 << 21
+"""Elements of a piece: its update in float64 takes 16 MB, where it is not computed in chunks."""
 
 LENGTH = struct.Struct("<I")
 

@@ -8,10 +8,15 @@ rounding boundaries of M, moved back by d:
 Mostly one number lies there, and nothing is stored. Where several do, the rank of W among them is. Where W is none of
 them (M went through float32, W is -0.0 or not finite), W itself is: an escape.
 
-Both sides compute d in float64, perhaps in another order of summation. So the interval is widened by four times what
-d may be off, its guard, which puts exact ties well inside; what then lies within a guard of a widened end is an escape
-too. Both sides therefore see the same numbers. The arithmetic here is elementwise and correctly rounded, so that the
-result does not depend on threads or libraries.
+What counts is d in float64, which both sides sum perhaps in another order. So the interval is widened by four times
+what d may be off, its guard, which puts exact ties well inside; what then lies within a guard of a widened end is an
+escape too. Both sides therefore see the same numbers. The arithmetic here is elementwise and correctly rounded, so that
+the result does not depend on threads or libraries.
+
+Most elements need no float64: with a d in float32 and a bound of its error (`deltas.py`) it is certain which
+numbers lie in the interval. First all elements are looked at, for those that clearly have one candidate; then,
+still in float32, the ends of the others' intervals; then, in float64, those that are left, some in ten thousand.
+Each step gives what float64 would.
 
 Updates that depend on W have no such interval: `encode_xor` stores how W and M differ.
 """
@@ -33,7 +38,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loramerge.merging.deltas import CHUNK, Delta, Given
+from loramerge.merging.deltas import Delta, Given
 
 Array = NDArray[Any]
 
@@ -502,7 +507,7 @@ def _buffers(n: int) -> Buffers:
     held: Buffers | None = getattr(_held, "buffers", None)
     if held is None or held.x.size < n:
         dtypes = (np.float32, np.float32, np.uint16, np.int16, np.bool_, np.bool_, np.int32)
-        held = _held.buffers = Buffers(*(np.empty(max(n, CHUNK), dtype) for dtype in dtypes))
+        held = _held.buffers = Buffers(*(np.empty(n, dtype) for dtype in dtypes))
     return Buffers(*(buffer[:n] for buffer in held))
 
 
