@@ -1004,7 +1004,8 @@ def test_killed_at_any_moment_all_is_there_or_nothing(what: str, tmp_path: Path)
         if i % 3:
             while process.poll() is None and not list(tmp_path.glob("out.partial-*")):
                 time.sleep(0.001)
-            time.sleep(random.uniform(0, 0.15 * seconds))
+            if i % 3 == 2:  # the other one at once, while the partial output is certainly there
+                time.sleep(random.uniform(0, 0.15 * seconds))
         else:
             time.sleep(random.uniform(0.5, 1.0) * seconds)
         process.kill()
