@@ -16,8 +16,9 @@ from torch import Tensor
 
 from loramerge.adapters.updates import Update, only_adds, to_data
 from loramerge.errors import InputError, LoramergeError
-from loramerge.merging.candidates import decode, decode_xor, encode, encode_xor
+from loramerge.merging.candidates import decode, encode
 from loramerge.merging.deltas import Deltas
+from loramerge.merging.differences import decode_xor, encode_xor
 from loramerge.merging.plan import Step
 from loramerge.merging.undo import CANDIDATES, XOR, Segment, UndoFile, UndoWriter, damaged
 from loramerge.tensors.hashing import tensor_digest
@@ -126,31 +127,47 @@ def encode_block(
 
 
 def decode_block(
-    how: str, updates: tuple[Update, ...], code: bytes, M: Tensor, first: int, cols: int, deltas: Deltas
+    how: str,
+    updates: tuple[Update, ...],
+    code: bytes,
+    M: Tensor,
+    first: int,
+    cols: int,
+    deltas: Deltas,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """W (n,), from what `encode_block` gave.
+    """W (n,), from what `encode_block` gave, in `out` where that is given.
 
     Raises:
         ValueError, struct.error: it is not what that gave for this M and these updates, as far as their counts tell.
     """
-    W = torch.empty_like(M)
+    W = torch.empty_like(M) if out is None else out
     begin = 0
     for at, count in pieces_of(M.numel(), cols):
         (length,) = LENGTH.unpack_from(code, begin)
         begin += LENGTH.size
         piece, m = code[begin : begin + length], M[at : at + count]
         begin += length
-        w = decode(m, deltas.of(updates, first + at, count, cols), piece) if how == CANDIDATES else decode_xor(m, piece)
-        W[at : at + count] = w
+        if how == CANDIDATES:
+            decode(m, deltas.of(updates, first + at, count, cols), piece, W[at : at + count])
+        else:
+            W[at : at + count] = decode_xor(m, piece)
     if begin != len(code):
         raise ValueError("something is left over")
     return W
 
 
 def bring_back(
-    undo: UndoFile, tensor: str, block: int, merged: Tensor, first: int, cols: int, deltas: Deltas
+    undo: UndoFile,
+    tensor: str,
+    block: int,
+    merged: Tensor,
+    first: int,
+    cols: int,
+    deltas: Deltas,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The original (n,) of a merged block, which begins with element `first` of its tensor.
+    """The original (n,) of a merged block, which begins with element `first` of its tensor, in `out` if that is given.
 
     Raises:
         InputError: `undo.damaged`.
@@ -160,7 +177,7 @@ def bring_back(
         raise damaged(undo.name, f"{quoted(tensor)} cannot be brought back from what it holds", [tensor])
     code = undo.read(undone.segments[block], tensor)
     try:
-        return decode_block(undone.how, undone.updates, code, merged, first, cols, deltas)
+        return decode_block(undone.how, undone.updates, code, merged, first, cols, deltas, out)
     except LoramergeError:
         raise
     except Exception as error:  # an update with numbers that somebody made up can fail in any way

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from loramerge.adapters.updates import uses
 from loramerge.merging.plan import Plan, Step
 from loramerge.merging.sidefiles import SideFile, collect, read_side_file
 from loramerge.merging.undo import WHOLE, Segment, UndoWriter
@@ -109,13 +110,14 @@ def _whole(writer: UndoWriter, plan: Plan, located: Located, result: Result | No
 
 def _factors(writer: UndoWriter, plan: Plan, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The factors that updates name, by adapter and key; the small, exact half of the way back."""
-    wanted: dict[int, set[str]] = {index: set() for index in range(len(plan.adapters))}
+    wanted: dict[int, set[str]] = {index: set() for index in range(len(plan.factor_files))}
     for step in plan.steps:
         if "updates" in tensors.get(step.tensor, ()):
             for update in step.updates:
-                wanted[update.adapter] |= set(update.keys)
+                for number, key in uses(update):
+                    wanted[number].add(key)
     factors: dict[str, Any] = {}
-    for index, (adapter, _) in enumerate(plan.adapters):
+    for index, adapter in enumerate(plan.factor_files):
         rows = factors[str(index)] = {}
         for key in sorted(wanted[index]):
             located = adapter.checkpoint.tensors[key]

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -14,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loramerge.adapters.operators import Add, AddProduct
-from loramerge.adapters.updates import Update
+from loramerge.adapters.operators import AddProduct
+from loramerge.adapters.updates import LowRank, Update
+from loramerge.merging.fixed import CHUNK as FIXED_CHUNK
+from loramerge.merging.fixed import fixed
+from loramerge.merging.sums import HALF_ULP, Made, addends
 
 if TYPE_CHECKING:
     from loramerge.adapters.operators import Operator
@@ -23,21 +27,15 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-CHUNK = 1 << 19
-"""Elements worked on at once, of what is in float32. An eighth of it stays in a core's own cache and is a few percent
-faster on one core; but calls that take a few microseconds make the workers wait for one another, for Python's lock."""
+CHUNK = 1 << 17
+"""Elements worked on at once, of what is in float32: half a MB, so that all that is made of it stays in a core's own
+cache. Fewer make calls that take a few microseconds, and the workers then wait for one another, for Python's lock."""
 
 DOUBLE_CHUNK = 1 << 16
 """Elements worked on at once, of what is in float64, which has more temporaries."""
 
 KEPT = 12
 """Tensors whose operators are kept."""
-
-MANY = 200
-"""Products to a sum, up to which float64's own error lies within the codec's guard; more widen it."""
-
-MOST = 1 << 14
-"""Products to a sum, up to which it is done in float32."""
 
 FEW = 1 << 14
 """Elements up to which float32 saves nothing."""
@@ -47,7 +45,8 @@ class Delta(Protocol):
     """The update d of n elements.
 
     `largest`: at least the largest |d|. In float64, d is off by less than 2**-45 of that or 2**-37 of |d|, whoever
-    computes it. `error`: what the elements of `chunks` may be off by; 0 where they are in float64.
+    computes it. `relative` and `error`: what `back` may be off by; 0 where d is in float64. `fixed`: whether there is a
+    `moved`.
     """
 
     @property
@@ -57,10 +56,26 @@ class Delta(Protocol):
     def largest(self) -> float: ...
 
     @property
+    def relative(self) -> float: ...
+
+    @property
+    def fixed(self) -> bool: ...
+
+    @property
     def error(self) -> float: ...
 
     def chunks(self) -> Iterator[tuple[int, Array]]:
-        """(index of the first, some elements) in order. They may lie in a buffer that the next ones overwrite."""
+        """(index of the first, some elements in float64) in order. They may lie in a buffer that the next overwrite."""
+
+    def back(self, M: Tensor) -> Iterator[tuple[int, Array]]:
+        """(index of the first, some elements of M - d in float32) in order, in a buffer that the next overwrite.
+
+        M (n,) is of 16 bits. Off by at most `relative` |M| and `error`; where both are 0, by float32's rounding of d
+        and of the difference.
+        """
+
+    def moved(self, M: Tensor) -> Iterator[tuple[int, Array]]:
+        """As `back`, but the same numbers bit for bit, whoever computes them; see `fixed.py`."""
 
     def exact(self, index: Array) -> Array:
         """The elements `index` (k,) in float64."""
@@ -72,7 +87,8 @@ class Delta(Protocol):
 class Given:
     """An update that is in memory, as (n,) float64."""
 
-    error = 0.0
+    relative = error = 0.0
+    fixed = False
 
     def __init__(self, d: Tensor) -> None:
         if d.dtype != torch.float64:
@@ -85,11 +101,25 @@ class Given:
         for at in range(0, self.size, DOUBLE_CHUNK):
             yield at, self._d[at : at + DOUBLE_CHUNK]
 
+    def back(self, M: Tensor) -> Iterator[tuple[int, Array]]:
+        return _back(self, M)
+
+    def moved(self, M: Tensor) -> Iterator[tuple[int, Array]]:
+        raise NotImplementedError
+
     def exact(self, index: Array) -> Array:
         return np.asarray(self._d[index])
 
     def double(self) -> Delta:
         return self
+
+
+def _back(delta: Delta, M: Tensor) -> Iterator[tuple[int, Array]]:
+    """`Delta.back` from float64."""
+    for at, d in delta.chunks():
+        x = M[at : at + d.size].float().numpy()
+        x -= d.astype(np.float32)
+        yield at, x
 
 
 def _largest(d: Array) -> float:
@@ -123,7 +153,7 @@ class Deltas:
         self._device = device or torch.device("cpu")
         self._factors = Factors(adapters, torch.float64, self._device)
         # As many as workers may be at: their blocks of one tensor come one after the other.
-        self._kept: deque[tuple[tuple[Update, ...], _Made]] = deque(maxlen=KEPT)
+        self._kept: deque[tuple[tuple[Update, ...], _Held]] = deque(maxlen=KEPT)
         self._lock = threading.Lock()
         self._buffers = threading.local()
 
@@ -132,23 +162,34 @@ class Deltas:
 
         It lies in a buffer of the calling thread, until that asks again.
         """
+        held = self._held(updates)
+        if held.fixed is not None:
+            return _Fixed(self, held, first, count, cols)
+        return self.guarded(held, first, count, cols)
+
+    def guarded(self, held: _Held, first: int, count: int, cols: int) -> Delta:
+        """As `of`, in floating-point numbers."""
         with self._lock:
-            made = next((made for known, made in self._kept if known is updates), None)
-            if made is None:
+            if held.made is None:
+                held.made = Made(held.operators, self._device.type == "cpu")
+        if held.made.largest is None:
+            return Given(self.sum(held.operators, first, count, torch.float64))
+        return _InChunks(self, held.made, first, count, cols, held.made.largest)
+
+    def _held(self, updates: tuple[Update, ...]) -> _Held:
+        with self._lock:
+            held = next((held for known, held in self._kept if known is updates), None)
+            if held is None:
                 built = [update.operator(self._factors.read, NoWeights()) for update in updates]
-                made = _Made([operator for operator in built if operator is not None], self._device.type == "cpu")
-                self._kept.append((updates, made))
-        if made.largest is None:
-            return Given(self.sum(made.operators, first, count, torch.float64))
-        return _InChunks(self, made, first, count, cols, made.largest)
+                held = _Held([operator for operator in built if operator is not None])
+                if self._device.type == "cpu" and all(isinstance(update, LowRank) for update in updates):
+                    held.fixed = fixed([operator for operator in held.operators if isinstance(operator, AddProduct)])
+                self._kept.append((updates, held))
+        return held
 
     def sum(self, operators: Sequence[Operator], first: int, count: int, dtype: torch.dtype) -> Tensor:
         """What operators of this dtype add."""
-        buffer = getattr(self._buffers, "held", None)
-        nbytes = count * dtype.itemsize
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = self._buffers.held = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        delta: Tensor = buffer[:nbytes].view(dtype)
+        delta = self.buffer(count, dtype, "sum")
         if operators and (product := _whole(operators[0], first, count)) is not None:
             torch.mm(*product, out=delta.view(len(product[0]), -1))  # saves a pass
             operators = operators[1:]
@@ -157,6 +198,16 @@ class Deltas:
         for operator in operators:
             operator.apply(delta, first, delta)
         return delta
+
+    def buffer(self, count: int, dtype: torch.dtype, name: str) -> Tensor:
+        """Room for elements, of the calling thread."""
+        held: Tensor | None = getattr(self._buffers, name, None)
+        nbytes = count * dtype.itemsize
+        if held is None or held.numel() < nbytes:
+            held = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            setattr(self._buffers, name, held)
+        room: Tensor = held[:nbytes].view(dtype)
+        return room
 
 
 def _whole(operator: Operator, first: int, count: int) -> tuple[Tensor, Tensor] | None:
@@ -172,78 +223,13 @@ def _whole(operator: Operator, first: int, count: int) -> tuple[Tensor, Tensor] 
     return operator.L[row : row + rows], operator.R
 
 
-class _Made:
-    """The operators of one tensor, in float64.
+@dataclass(slots=True)
+class _Held:
+    """The operators of one tensor in float64: as they are, in fixed-point numbers, and what is known of them."""
 
-    `largest` is at least the largest |d|, by |L R| <= |row of L| |column of R|: a bound for the error of a sum as well,
-    which is off by at most r 2**-53 of it for r products. None where it takes all elements to tell.
-
-    `singles` are the same rounded to float32, None where some are of another sort. A sum of r products is then off by
-    at most (r + 2) 2**-24 of the bound in whatever order, and `count` of them by so much more; products that are too
-    small for float32 by less than `tiny`. `sparse` are the same in float64, for few elements: columns lie in one piece.
-    """
-
-    def __init__(self, operators: Sequence[Operator], in_chunks: bool) -> None:
-        self.operators = operators
-        self.largest: float | None = 0.0 if in_chunks else None
-        self.singles: list[Operator] | None = []
-        self.sparse: list[Operator] = []
-        self.rows: list[tuple[AddProduct, Array, float]] = []
-        self.flat = self.tiny = 0.0
-        self.products = 0
-        if not in_chunks:
-            return
-        for operator in operators:
-            if isinstance(operator, AddProduct):
-                self._product(operator)
-            elif isinstance(operator, Add):
-                self._difference(operator)
-            else:
-                self.largest = self.singles = None
-                return
-        assert self.largest is not None
-        if not math.isfinite(self.largest):
-            self.largest = self.singles = None
-        elif self.products > MOST or not math.isfinite(self.tiny):
-            self.singles = None
-
-    def _product(self, operator: AddProduct) -> None:
-        assert self.largest is not None and self.singles is not None
-        r = operator.R.shape[0]
-        rows = operator.L.square().sum(dim=1).sqrt().numpy()
-        columns = operator.R.square().sum(dim=0)
-        if not r or not rows.size or not columns.numel():
-            return
-        column = math.sqrt(float(columns.max()))
-        self.rows.append((operator, rows, column))
-        self.largest += float(rows.max()) * column * max(1.0, r / MANY)
-        self.products = max(self.products, r)
-        L, R = operator.L.float(), operator.R.float()
-        if bool(torch.isfinite(L).all() and torch.isfinite(R).all()):
-            self.tiny += r * 2.0**-125 * (1.0 + float(rows.max()) + column)
-        else:
-            self.tiny = math.inf
-        self.singles.append(AddProduct(L, R, operator.place))
-        self.sparse.append(AddProduct(operator.L, operator.R.T.contiguous().T, operator.place))
-
-    def _difference(self, operator: Add) -> None:
-        assert self.largest is not None and self.singles is not None
-        most = float(operator.difference.abs().max()) if operator.difference.numel() else 0.0
-        self.largest += most
-        self.flat += most
-        self.tiny += 2.0**-125 if most < 2.0**127 else math.inf
-        self.singles.append(Add(operator.difference.float()))
-        self.sparse.append(operator)
-
-    def error(self, first: int, count: int) -> float:
-        """What the sum of `singles` may be off by, for elements `first, first + 1, ...`."""
-        bound = self.flat
-        for operator, rows, column in self.rows:
-            place = operator.place
-            r0, r1 = (first - place.begin) // place.cols, -((place.begin - first - count) // place.cols)
-            here = rows[max(0, r0) : max(0, r1)]
-            bound += float(here.max()) * column if here.size else 0.0
-        return (self.products + len(self.operators) + 4) * 2.0**-24 * bound * 1.01 + self.tiny
+    operators: Sequence[Operator]
+    fixed: list[AddProduct] | None = None
+    made: Made | None = None
 
 
 @dataclass(frozen=True)
@@ -251,39 +237,109 @@ class _InChunks:
     """An update that is computed chunk by chunk: each is used while it is in the cache."""
 
     deltas: Deltas
-    made: _Made
+    made: Made
     first: int
     size: int
     cols: int
     largest: float
     doubled: bool = False
+    fixed = False
 
     @property
     def single(self) -> bool:
-        return not (self.doubled or self.made.singles is None or self.size <= FEW)
+        return not (self.doubled or self.made.minus is None or self.size <= FEW)
+
+    @property
+    def relative(self) -> float:
+        return (self.made.roundings + 2) * HALF_ULP if self.single else 0.0
 
     @property
     def error(self) -> float:
-        return self.made.error(self.first, self.size) if self.single else 0.0
+        if not self.single:
+            return 0.0
+        return (self.made.roundings + 2) * HALF_ULP * self.made.bound(self.first, self.size) + self.made.tiny
 
     def chunks(self) -> Iterator[tuple[int, Array]]:
-        operators, dtype, elements = self.made.operators, torch.float64, DOUBLE_CHUNK
-        if self.single and self.made.singles is not None:
-            operators, dtype, elements = self.made.singles, torch.float32, CHUNK
-        step = max(1, elements // self.cols) * self.cols
+        step = max(1, DOUBLE_CHUNK // self.cols) * self.cols
         for at in range(0, self.size, step):
-            yield at, self.deltas.sum(operators, self.first + at, min(step, self.size - at), dtype).numpy()
+            count = min(step, self.size - at)
+            yield at, self.deltas.sum(self.made.operators, self.first + at, count, torch.float64).numpy()
+
+    def moved(self, M: Tensor) -> Iterator[tuple[int, Array]]:
+        raise NotImplementedError
+
+    def back(self, M: Tensor) -> Iterator[tuple[int, Array]]:
+        if not self.single or self.made.minus is None:
+            yield from _back(self, M)
+            return
+        step = max(1, CHUNK // self.cols) * self.cols
+        for at in range(0, self.size, step):
+            count = min(step, self.size - at)
+            x = self.deltas.buffer(count, torch.float32, "back")
+            x.copy_(M[at : at + count])
+            for operator in self.made.minus:
+                operator.apply(x, self.first + at, x)
+            yield at, x.numpy()
 
     def exact(self, index: Array) -> Array:
         total = np.zeros(index.size)
         step = max(1, DOUBLE_CHUNK // max(1, self.made.products))
         for at in range(0, index.size, step):
-            part = torch.from_numpy(index[at : at + step] + self.first)
+            part = index[at : at + step] + self.first
             for operator in self.made.sparse:
-                added = operator.addends(part)
-                assert added is not None
-                total[at : at + step] += added.numpy()
+                total[at : at + step] += addends(operator, part)
         return total
 
     def double(self) -> Delta:
         return _InChunks(self.deltas, self.made, self.first, self.size, self.cols, self.largest, doubled=True)
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """An update in fixed-point numbers, chunk by chunk; and in others, for what needs those."""
+
+    deltas: Deltas
+    held: _Held
+    first: int
+    size: int
+    cols: int
+    fixed = True
+
+    @cached_property
+    def guarded(self) -> Delta:
+        return self.deltas.guarded(self.held, self.first, self.size, self.cols)
+
+    @property
+    def largest(self) -> float:
+        return self.guarded.largest
+
+    @property
+    def relative(self) -> float:
+        return self.guarded.relative
+
+    @property
+    def error(self) -> float:
+        return self.guarded.error
+
+    def chunks(self) -> Iterator[tuple[int, Array]]:
+        return self.guarded.chunks()
+
+    def back(self, M: Tensor) -> Iterator[tuple[int, Array]]:
+        return self.guarded.back(M)
+
+    def exact(self, index: Array) -> Array:
+        return self.guarded.exact(index)
+
+    def double(self) -> Delta:
+        return self.guarded.double()
+
+    def moved(self, M: Tensor) -> Iterator[tuple[int, Array]]:
+        assert self.held.fixed is not None
+        step = max(1, FIXED_CHUNK // self.cols) * self.cols
+        rooms = [self.deltas.buffer(min(step, self.size), torch.float32, name) for name in ("back", "rounded")]
+        for at in range(0, self.size, step):
+            count = min(step, self.size - at)
+            x, rounded = (room[:count] for room in rooms)
+            rounded.copy_(self.deltas.sum(self.held.fixed, self.first + at, count, torch.float64))
+            x.copy_(M[at : at + count])
+            yield at, x.sub_(rounded).numpy()

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from loramerge.adapters.adapter import Adapter
-from loramerge.adapters.updates import Update, only_adds
+from loramerge.adapters.updates import Update, only_adds, uses
 from loramerge.errors import MismatchError
 from loramerge.merging.bring_back import decode_block, encode_block
-from loramerge.merging.candidates import GRIDS
 from loramerge.merging.deltas import Deltas
+from loramerge.merging.grids import GRIDS
 from loramerge.merging.live import Rows
 from loramerge.merging.stream import FactorFile
 from loramerge.merging.undo import CANDIDATES, WHOLE, XOR
@@ -138,7 +138,8 @@ def hold_adapters(adapters: Sequence[Adapter], updates: Iterable[Update]) -> lis
     """The adapters, with the factors of these updates in memory."""
     wanted: list[set[str]] = [set() for _ in adapters]
     for update in updates:
-        wanted[update.adapter] |= set(update.keys)
+        for number, key in uses(update):
+            wanted[number].add(key)
     return [_held(adapter, sorted(keys)) for adapter, keys in zip(adapters, wanted, strict=True)]
 
 

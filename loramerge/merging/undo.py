@@ -1,9 +1,9 @@
 """The undo file: what a merge's rounding lost, so that the base comes back bit for bit.
 
 It lies in the output (`loramerge.undo`) or beside a single file (`<name>.loramerge.undo`), needs the merged weights and
-nothing else, and is as foreign as any input when it is read. Format 1, all numbers little-endian:
+nothing else, and is as foreign as any input when it is read. Format 2, all numbers little-endian:
 
-    bytes 0..7      magic, b"LMUNDO\\0\\1"
+    bytes 0..7      magic, b"LMUNDO\\0\\2"
     then            segments, one after the other, in any order
     index           JSON, zlib-compressed
     last 48 bytes   offset and length of the index (2 x u64), SHA-256 of its bytes
@@ -14,7 +14,8 @@ The index says where each segment lies, as `[offset, length, digest]`, and:
   weight; `whole`: the original's bytes), its segments (one for each block of whole rows, or one), `dtype`, `shape`,
   `base` and `merged` (digests of the tensor before and after), and for `candidates` the `updates` that were added, in
   order.
-- `factors`: adapter number -> key -> segment, `dtype`, `shape`, `transposed`: the factors that `updates` name.
+- `factors`: adapter number -> key -> segment, `dtype`, `shape`, `transposed`: the factors that `updates` name. What a
+  method made of factors is one more adapter, after the last.
 - `added`: tensors that the base does not have.
 - `files`: the base's weight files: name, component, and its header as a segment, so that the file comes back and not
   only its tensors; empty where the base was no safetensors file.
@@ -38,20 +39,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loramerge.adapters.updates import Update, from_data
+from loramerge.adapters.updates import Update, uses
 from loramerge.errors import InputError
+from loramerge.merging.methods import from_data
 from loramerge.tensors import strictjson
 from loramerge.tensors.checkpoint import Located, WeightFile
 from loramerge.tensors.dtypes import bits
 from loramerge.tensors.hashing import BLOCK_BYTES, block_digest, row_layout
+from loramerge.tensors.interrupted import beside
 from loramerge.tensors.safetensors import Header, TensorInfo
 from loramerge.tensors.source import ByteSource, FileSource
 from loramerge.tensors.text import quoted
 from loramerge.tensors.writer import output_errors
 
 NAME = "loramerge.undo"
-FORMAT = 1
-MAGIC = b"LMUNDO\0\1"
+FORMAT = 2
+MAGIC = b"LMUNDO\0\2"
 FOOTER = struct.Struct("<QQ32s")
 MAX_INDEX_BYTES = 1 << 28
 
@@ -63,7 +66,7 @@ Segment = list[Any]
 
 def undo_path(out: Path, single_file: bool) -> Path:
     """Where the undo file of an output lies: inside a directory, beside a single file."""
-    return out.with_name(f"{out.stem}.{NAME}") if single_file else out / NAME
+    return beside(out, NAME) if single_file else out / NAME
 
 
 class UndoWriter:
@@ -280,10 +283,11 @@ def _interpreted(source: FileSource, shown: str, index: Mapping[str, Any], end: 
         adapters.append(_stored(source, shown, factors, end))
     for name, undone in tensors.items():
         for update in undone.updates:
-            if not 0 <= update.adapter < len(adapters):
-                raise ValueError(f"{name} has an update of no adapter")
-            if any(key not in adapters[update.adapter].checkpoint.tensors for key in update.keys):
-                raise ValueError(f"{name} has an update without its factors")
+            for number, key in uses(update):
+                if not 0 <= number < len(adapters):
+                    raise ValueError(f"{name} has an update of no adapter")
+                if key not in adapters[number].checkpoint.tensors:
+                    raise ValueError(f"{name} has an update without its factors")
     names = [row["name"] for row in index["files"]]
     for row in index["files"]:
         _segment(row["header"], end)

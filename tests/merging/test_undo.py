@@ -768,8 +768,8 @@ def test_a_file_that_is_cut_short_anywhere_is_told(whole: Whole, tmp_path: Path)
 
 def test_a_newer_format_is_told(whole: Whole, tmp_path: Path) -> None:
     newer = MAGIC[:-1] + bytes([MAGIC[-1] + 1]) + whole.undo[len(MAGIC) :]
-    assert "format 2" in refused(copied(whole, tmp_path, newer), tmp_path, "undo.version").message
-    refused(copied(whole, tmp_path, whole.with_index(whole.index | {"format": 2})), tmp_path, "undo.damaged")
+    assert "format 3" in refused(copied(whole, tmp_path, newer), tmp_path, "undo.version").message
+    refused(copied(whole, tmp_path, whole.with_index(whole.index | {"format": 3})), tmp_path, "undo.damaged")
 
 
 def test_undo_files_of_other_merges_are_told(whole: Whole, tmp_path: Path) -> None:
