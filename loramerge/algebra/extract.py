@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from loramerge.algebra.krylov import HOLD, Delta, Krylov, Operator, Probes, Ritz
+from loramerge.algebra.krylov import CHUNK, HOLD, Delta, Krylov, Operator, Probes, Ritz, thin_gram
 
 __all__ = ["Delta", "Extraction", "extract"]
 
@@ -109,6 +109,10 @@ class Extraction:
             _factors=(u, v),
             _excess=self._excess[: rank + 1],
         )
+
+    def final(self) -> Extraction:
+        """The same without what only a later `cut` needs, which is as large as the factors."""
+        return replace(self, _factors=(torch.empty(0), torch.empty(0)), _excess=())
 
 
 @dataclass(frozen=True)
@@ -298,12 +302,17 @@ class _Judge:
 
 def _by_gram(operator: Operator, rule: _Rule) -> _Found:
     """Eigenvectors of D Dᵀ of the short side in fp64: exact down to 1e-8 of the largest singular value."""
-    values, vectors = torch.linalg.eigh(operator.gram())
+    vectors = operator.gram().mT  # columns in a row, as LAPACK wants them: else it works on a copy
+    operator.release()
+    values = vectors.new_empty(len(vectors))
+    # The eigenvectors take the place of the matrix: beside it there is nothing but the workspace, two more of them.
+    torch.linalg.eigh(vectors, out=(values, vectors))
     values = values.flip(0).clamp(min=0)
     k = rule.choose(values / operator.scaled_norm2)
     if k is None:
         k = min(rule.rank, len(values))
     left = vectors[:, len(values) - k :].flip(1).float().contiguous()
+    del vectors
     slack = 16 * 2.0**-52 * operator.scaled_norm2
     excess = torch.full((k + 1,), slack, dtype=torch.float64, device=values.device)
     return _Found(left, operator.transposed(left), excess, "gram", 0)
@@ -321,8 +330,8 @@ def _finish(operator: Operator, found: _Found, dtype: torch.dtype) -> Extraction
     norm = math.sqrt(operator.norm2)
     # The true error of these very factors: lengths and angles of the columns are as fp32 left them.
     weighted = scaled[:, None] * scaled
-    product2 = float((weighted * (left.double().T @ left.double()) * (right.double().T @ right.double())).sum())
-    inner = float((scaled**2 * (right.double() ** 2).sum(0)).sum())
+    product2 = float((weighted * thin_gram(left, left) * thin_gram(right, right)).sum())
+    inner = float((scaled**2 * torch.linalg.vector_norm(right, dim=0, dtype=torch.float64) ** 2).sum())
     truncation = math.sqrt(max(0.0, 1 - (2 * inner - product2) / operator.scaled_norm2))
     u, v = (right, left) if operator.flipped else (left, right)
     peak = u.abs().argmax(0)
@@ -360,17 +369,30 @@ def _certificate(truncation: float, excess: float) -> float:
 def _store(u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype, norm: float) -> tuple[Tensor, Tensor, float]:
     """U √S and √S Vᵀ in the dtype, and |UΣVᵀ - that| / norm, from Gram matrices of the rounding errors alone."""
     root = s.sqrt()
-    exact_b, exact_a = u.double() * root, (v.double() * root).T
-    b, a = exact_b.to(dtype), exact_a.to(dtype)
-    if not (bool(torch.isfinite(b).all()) and bool(torch.isfinite(a).all())):
-        raise ValueError(
-            f"the factors do not fit into {dtype}: their largest entry is {float(exact_b.abs().max()):.3g}"
-        )
-    # BA - B'A' = dB A + B' dA, without a difference of large numbers.
-    stack_b = torch.cat([exact_b - b.double(), b.double()], 1)
-    stack_a = torch.cat([exact_a, exact_a - a.double()])
-    square = float(((stack_b.T @ stack_b) * (stack_a @ stack_a.T)).sum())
-    return b, a.contiguous(), math.sqrt(max(0.0, square)) / norm if norm else 0.0
+    # BA - B'A' = dB A + B' dA = [dB B'] [A; dA], without a difference of large numbers.
+    b, of_b = _rounded(u, root, dtype, exact=False)
+    a, of_a = _rounded(v, root, dtype, exact=True)
+    square = float((of_b * of_a).sum())
+    return b, a.T.contiguous(), math.sqrt(max(0.0, square)) / norm if norm else 0.0
+
+
+def _rounded(x: Tensor, root: Tensor, dtype: torch.dtype, *, exact: bool) -> tuple[Tensor, Tensor]:
+    """X √S in the dtype, (rows, k), and the Gram matrix of [X √S, the loss], or of [the loss, what is kept]."""
+    kept = x.new_empty(x.shape, dtype=dtype)
+    gram = torch.zeros(2 * len(root), 2 * len(root), dtype=torch.float64)
+    height = max(1, CHUNK // max(1, 2 * len(root)))
+    for first in range(0, len(x), height):
+        wide = x[first : first + height].double() * root
+        part = wide.to(dtype)
+        if not bool(torch.isfinite(part).all()):
+            raise ValueError(
+                f"the factors do not fit into {dtype}: their largest entry is {float(wide.abs().max()):.3g}"
+            )
+        kept[first : first + height] = part
+        lost = wide - part.double()
+        both = torch.cat([wide, lost] if exact else [lost, part.double()], 1)
+        gram.addmm_(both.T, both)
+    return kept, gram
 
 
 def _nothing(operator: Operator, dtype: torch.dtype) -> Extraction:

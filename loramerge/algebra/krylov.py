@@ -61,6 +61,7 @@ class Operator:
         self._height = max(1, CHUNK // self.columns)
         self._delta: Delta | None = None
         self._dense: Tensor | None = None
+        self._source = None if isinstance(delta, torch.Tensor) else delta
         if isinstance(delta, torch.Tensor):
             self._dense = delta.detach().to(device)
         elif self.rows * self.columns <= hold:
@@ -76,6 +77,11 @@ class Operator:
         if not math.isfinite(self.norm2):
             raise ValueError("the difference holds NaN or infinite values")
         self.scale = 1.0 if self.norm2 == 0 else 2.0 ** -round(math.log2(self.norm2) / 2)
+
+    def release(self) -> None:
+        """Gives back the copy of a delta that can be read again; from now on every product reads it."""
+        if self._source is not None:
+            self._delta, self._dense = self._source, None
 
     @property
     def scaled_norm2(self) -> float:
@@ -224,7 +230,7 @@ class Krylov:
     def deepen(self) -> bool:
         """Add one block: two products with D, as wide as the block. False where nothing is left but rounding."""
         # Directions of rounding alone are left out: they would lie half inside the space, and cost its orthogonality.
-        sizes, turn = torch.linalg.eigh(_gram(self._next, self._next))
+        sizes, turn = torch.linalg.eigh(thin_gram(self._next, self._next))
         kept = sizes > self._noise**2
         if not bool(kept.any()):
             return False
@@ -232,7 +238,7 @@ class Krylov:
         y = torch.linalg.qr(self.project(y))[0]
         z = self.operator.transposed(y)
         self.q, self.z = torch.cat([self.q, y], 1), torch.cat([self.z, z], 1)
-        border = _gram(self.z, z)
+        border = thin_gram(self.z, z)
         t = border.new_empty(self.size, self.size)
         old = self.size - y.shape[1]
         t[:old, :old] = self.t
@@ -252,7 +258,7 @@ class Krylov:
         theta, w = torch.linalg.eigh(self.t)
         theta, w = theta.flip(0).clamp(min=0), w.flip(1)
         last = self._lengths.double()[:, None] * w[-self._last :]
-        coupling = last.T @ _gram(self._next, self._next) @ last
+        coupling = last.T @ thin_gram(self._next, self._next) @ last
         coupling = coupling + torch.diag(_ROUNDING**2 * theta[0] * theta)
         t_last = self.t[-self._last :, -self._last :]
         outside = float(torch.linalg.eigvalsh(t_last)[-1])
@@ -320,7 +326,7 @@ class Ritz:
         return self.space.q @ w, self.space.z @ w
 
 
-def _gram(x: Tensor, y: Tensor) -> Tensor:
+def thin_gram(x: Tensor, y: Tensor) -> Tensor:
     """xᵀ y in fp64, by row blocks: an fp64 copy of the whole space would be larger than the space."""
     out = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
     height = max(1, CHUNK // max(1, x.shape[1]))

@@ -16,12 +16,14 @@ from loramerge.algebra.randomness import stream, uniform
 
 @dataclass(frozen=True, eq=False)
 class Weighted:
-    """One adapter's module before anything is folded: b (m, r), a (r, n), its scale, the user's weight."""
+    """One adapter's module before anything is folded: b (m, r), a (r, n), its scale, the user's weight; `key` as in
+    `fold`."""
 
     b: Tensor
     a: Tensor
     scale: float = 1.0
     weight: float = 1.0
+    key: bytes = b""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ def _factor_wise(
 ) -> FactorWise:
     if not adapters or len({x.a.shape[0] for x in adapters}) > 1:
         raise ValueError("factors can be combined one by one only where all ranks are equal")
-    folded = [fold(x.b, x.a, scale=x.scale, weight=x.weight) for x in adapters]
+    folded = [fold(x.b, x.a, scale=x.scale, weight=x.weight, key=x.key) for x in adapters]
     coefficients = [x.scale * x.weight for x in adapters]
     join = _elected(majority) if elect else _summed
     keys = [f.identity for f in folded]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -53,6 +54,12 @@ class Renamed:
     model_types: frozenset[str]
     """Only these; empty for any."""
     parts: tuple[tuple[str, str], ...]
+    loading: bool = True
+    """Whether the code of a model does it, not two models that hold one another."""
+
+    def in_memory(self, name: str) -> str:
+        """The name in memory of a path on disk; itself where it is the same."""
+        return _replaced(name, self._forward)
 
     def other(self, name: str) -> str:
         """The name in the other of the two layouts; itself where it is the same in both."""
@@ -99,6 +106,10 @@ class Families:
     expert_pair: tuple[str, str]
     layers: Mapping[str, Any]
     heads: tuple[Mapping[str, Any], ...]
+    no_linear: tuple[str, ...]
+    shared: tuple[str, ...]
+    buffers: tuple[str, ...]
+    tasks: tuple[Mapping[str, Any], ...]
 
     def is_transposed(self, model_type: str | None, module: str) -> bool | None:
         """Whether this linear is stored (in, out); None where the model type is unknown."""
@@ -112,6 +123,28 @@ class Families:
         name = module.rpartition(".")[2]
         ends = {t.rpartition(".")[0].rpartition(".")[2] for pair in self.tied for t in (pair.input, pair.output)}
         return name in ends
+
+    def is_linear(self, module: str) -> bool:
+        """Whether a module with a weight of two axes is a linear, as far as its name tells: no embedding, no router."""
+        return not _ends_in(module, (*self.no_linear, *self.shared))
+
+    def is_shared(self, module: str) -> bool:
+        """Whether several modules in memory share this one's weight, beside a tied head."""
+        return _ends_in(module, self.shared)
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a model makes this tensor for itself, so that a file may lack it."""
+        return name.rpartition(".")[2] in self.buffers
+
+    def task_of(self, config: Mapping[str, Any]) -> str | None:
+        """What a model is for, by its architecture, where it needs no head of its own for that."""
+        known = config.get("architectures")
+        name = str(known[0]) if isinstance(known, list) and known else ""
+        for row in self.tasks:
+            fits = all(config.get(field) == value for field, value in row.get("when", {}).items())
+            if fits and name.endswith(tuple(row["architectures"])):
+                return str(row["task"])
+        return None
 
     def head_of(self, module: str) -> Mapping[str, Any] | None:
         """The kind of task head that a parameter path belongs to."""
@@ -149,7 +182,12 @@ def _families(extra: str) -> Families:
         experts_transposed=frozenset(only("experts").get("transposed", ())),
         aliases=tuple((r["from"], r["to"], r.get("below", "")) for r in rows("alias")),
         renamed=tuple(
-            Renamed(frozenset(r.get("model-types", ())), tuple((a, b) for a, b in r["parts"])) for r in rows("renamed")
+            Renamed(
+                frozenset(r.get("model-types", ())),
+                tuple((a, b) for a, b in r["parts"]),
+                r.get("loading", True),
+            )
+            for r in rows("renamed")
         ),
         fused=tuple(_fused(r) for r in rows("fused")),
         sizes={name: tuple(fields) for name, fields in only("sizes").items()},
@@ -161,7 +199,17 @@ def _families(extra: str) -> Families:
         expert_pair=(pair[0], pair[1]),
         layers=only("layers"),
         heads=tuple(rows("head")),
+        no_linear=tuple(only("no-linear").get("modules", ())),
+        shared=tuple(only("no-linear").get("shared", ())),
+        buffers=tuple(only("no-linear").get("buffers", ())),
+        tasks=tuple(rows("task")),
     )
+
+
+def _ends_in(module: str, globs: Iterable[str]) -> bool:
+    """Whether the last segments of a path match a glob of as many segments."""
+    segments = module.split(".")
+    return any(fnmatch.fnmatchcase(".".join(segments[-glob.count(".") - 1 :]), glob) for glob in globs)
 
 
 def _rule(old: str, new: str) -> tuple[re.Pattern[str], str]:

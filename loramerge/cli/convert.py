@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from loramerge.cli import options
+from loramerge.cli.combine import percent
 from loramerge.cli.sink import Sink, size
 from loramerge.tensors.text import plural, some
 
@@ -30,6 +31,7 @@ HEADER = ("module", "written as", "kind", "rank", "scale", "how", "error")
 @options.allow_pickle
 @options.dry_run
 @options.common
+@options.hub
 def command(sink: Sink, adapter: str, out: str, to: str, **flags: Any) -> None:
     """Write an adapter in another dialect.
 
@@ -59,7 +61,7 @@ def command(sink: Sink, adapter: str, out: str, to: str, **flags: Any) -> None:
 def _lines(data: Mapping[str, Any], dry_run: bool) -> list[str]:
     how = [f"{data['exact']} exact"]
     if data["approximated"]:
-        how.append(f"{data['approximated']} approximated (error {_percent(data['error'])})")
+        how.append(f"{data['approximated']} approximated (error {percent(data['error'])})")
     names = [f"{data['renamed']} renamed"]
     names += [f"{data[key]} {word}" for key, word in (("cut", "cut"), ("joined", "joined")) if data[key]]
     rows = [
@@ -74,9 +76,5 @@ def _lines(data: Mapping[str, Any], dry_run: bool) -> list[str]:
 
 def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
     rank = "-" if row["rank"] is None else str(row["rank"])
-    error = "-" if row["error"] is None else _percent(row["error"])
+    error = "-" if row["error"] is None else percent(row["error"])
     return row["module"], row["path"], row["kind"], rank, f"{row['scale']:.4g}", row["how"], error
-
-
-def _percent(error: float) -> str:
-    return f"{100 * error:.2g} %"

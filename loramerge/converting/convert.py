@@ -5,30 +5,23 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from loramerge import pickled
 from loramerge.adapters.adapter import Adapter
 from loramerge.adapters.opening import open_adapter
 from loramerge.binding.bind import selector
 from loramerge.binding.namespace import Namespace
-from loramerge.converting.arrange import architecture, arranged, own_names
-from loramerge.converting.express import Expressed, express
+from loramerge.converting.express import Expressed
+from loramerge.converting.from_pairs import check_place, prepare
 from loramerge.converting.items import Item, item_of, plain_items
-from loramerge.converting.naming import named, with_roles
+from loramerge.converting.naming import with_roles
 from loramerge.converting.rebase import CUT, JOINED, Rebase
 from loramerge.converting.target import Target, target_named
-from loramerge.converting.write import Built, build, destination, keys_of
-from loramerge.errors import LoramergeError, MismatchError, UnsupportedError, UsageError
+from loramerge.converting.write import Built
+from loramerge.errors import MismatchError, UnsupportedError, UsageError
 from loramerge.tensors.checkpoint import Checkpoint, PickleReader, open_checkpoint
-from loramerge.tensors.output import Output, check_destination, check_space
-from loramerge.tensors.writer import write_small_file
 
 SCHEMA = 1
-CLOSE = 1e-6
-"""How far a scale that is read back may be from what was meant (alpha is kept as float32 in some files)."""
 
 
 def convert(
@@ -50,10 +43,7 @@ def convert(
     target = target_named(to)
     if rank is not None and rank < 1:
         raise UsageError("usage.rank", f"a rank of {rank}", fix="--rank N with N at least 1")
-    place = Path(out)
-    what, file = destination(place, target)
-    inputs = [Path(source), *([Path(base)] if base else [])]
-    check_destination(place, inputs=inputs, force=force, what=what)
+    check_place(out, target, [source, *([base] if base else [])], force=force)
     adapter = open_adapter(source, read_pickle=read_pickle, alpha=alpha)
     notes = list(adapter.notes)
     with contextlib.ExitStack() as opened:
@@ -64,16 +54,13 @@ def convert(
             else opened.enter_context(contextlib.closing(open_checkpoint(base, read_pickle=read_pickle)))
         )
         items, names = _items(adapter, target, rank, checkpoint, include, exclude)
-        settings = {**adapter.settings, "architecture": architecture(target, names, adapter.name)}
-        named(items, target, adapter.name, [])  # what has no name is told before all else
-        expressed = express(items, target, rank=rank, drop=drop, where=adapter.name)
-        items = arranged(expressed.items, target, names, settings)
-        items = own_names(items, target, settings, adapter.name)
-        expressed = replace(expressed, items=tuple(named(items, target, adapter.name, notes)))
-        built = build(expressed, target, what, file, settings)
-        report = _report(adapter, target, expressed, built, out, notes)
+        prepared = prepare(
+            items, target, out, settings=adapter.settings, names=names, rank=rank, drop=drop, where=adapter.name
+        )
+        notes += prepared.notes
+        report = _report(adapter, target, prepared.expressed, prepared.built, out, notes)
     if not dry_run:
-        _write(built, place, target, expressed, force)
+        prepared.write(force=force)
     return report
 
 
@@ -107,38 +94,6 @@ def _items(
     rebase = Rebase(adapter, base, target, include, exclude)
     found = rebase.items(zip(modules, items, strict=True), rank) + rebase.plain(plain)
     return found, rebase.binding.names
-
-
-def _write(built: Built, place: Path, target: Target, expressed: Expressed, force: bool) -> None:
-    check_space(place, sum(map(len, built.files.values())))
-    with Output(place, built.what, force) as output:
-        for name, data in built.files.items():
-            write_small_file(output.directory / name, data)
-        _check(output.directory / built.weights, target, expressed)
-        output.commit()
-
-
-def _check(weights: Path, target: Target, expressed: Expressed) -> None:
-    """Reads back what was written: every module there, of its kind, with its scale."""
-    folder = weights.parent if "config" in target.write else weights
-    again = open_adapter(folder, alpha=expressed.alpha, read_pickle=pickled.read_header)
-    try:
-        found = {}
-        for module in again.modules:
-            item = item_of(again, module, written=True)
-            found[module.path, item.kind] = item
-        for item in expressed.items:
-            if item.kind == "plain":
-                continue
-            key = next(keys_of(item, target))[0]
-            read = found.get((again.dialect.parse(key, again.checkpoint.tensors).path, item.kind))
-            if read is None or (
-                item.rank is not None and not math.isclose(read.scale, item.scale, rel_tol=CLOSE, abs_tol=1e-30)
-            ):
-                what = "is not found" if read is None else f"has the scale {read.scale}, not {item.scale}"
-                raise LoramergeError("convert.check", f"what was written does not read back: {item.path} {what}")
-    finally:
-        again.checkpoint.close()
 
 
 def _report(

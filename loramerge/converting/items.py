@@ -76,6 +76,8 @@ class Item:
     norm: float | None = None
     claimed: int | None = None
     """The rank that a config must claim for it, where that is not its own."""
+    parameter: str = ""
+    """The stacked parameter that it changes, by its whole path, where a config lists it beside the modules."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -45,6 +45,11 @@ def target_names() -> list[str]:
     return sorted({n for d in written for n in (d.name, *d.also)} | {t["name"] for t in load_formats("servers")})
 
 
+def default_target() -> Target:
+    """What is written where nothing says what to write: the dialect whose `[write]` table says `default`."""
+    return target_named(next(d.name for d in dialects() if d.write.get("default")))
+
+
 def target_named(name: str) -> Target:
     """The target of this name.
 

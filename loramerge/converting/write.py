@@ -69,11 +69,19 @@ def destination(out: Path, target: Target) -> tuple[What, str]:
     return ("file", out.name) if named else ("directory", target.write["file"])
 
 
-def build(expressed: Expressed, target: Target, what: What, file: str, settings: Mapping[str, Any]) -> Built:
+def build(
+    expressed: Expressed,
+    target: Target,
+    what: What,
+    file: str,
+    settings: Mapping[str, Any],
+    carried: Mapping[str, str] | None = None,
+) -> Built:
     """The bytes of every file.
 
     Args:
         settings: of the source, for what a config says that is no number of a module.
+        carried: metadata of the source that still holds; what the target writes itself goes before it.
 
     Raises:
         InputError: `convert.duplicate` for two tensors under one name.
@@ -91,7 +99,7 @@ def build(expressed: Expressed, target: Target, what: What, file: str, settings:
                 )
             tensors[key] = tensor.detach().contiguous()
     files: dict[str, bytes] = {}
-    metadata: dict[str, Any] = dict(target.write.get("metadata", {}))
+    metadata: dict[str, Any] = {**(carried or {}), **target.write.get("metadata", {})}
     method = expressed.method
     fields = method.get("fields", {})
     numbers = {path: (_rank(item), _alpha(item)) for path, item in _numbered(expressed.items, target).items()}
@@ -204,7 +212,7 @@ def _torch_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 def _numbered(items: Sequence[Item], target: Target) -> dict[str, Item]:
     """Module path, as the config names it -> the item whose rank and alpha it has."""
     prefix = "" if target.roles else target.write.get("prefix", "")
-    return {item.path.removeprefix(prefix): item for item in items if _rank(item) is not None}
+    return {item.parameter or item.path.removeprefix(prefix): item for item in items if _rank(item) is not None}
 
 
 def _prefix(item: Item, target: Target) -> str:
@@ -245,7 +253,9 @@ def _config(
         "alpha": _number(alpha),
         "rank-pattern": {_pattern(path): r for path, (r, _) in numbers.items() if r != rank},
         "alpha-pattern": {_pattern(path): _number(a) for path, (_, a) in numbers.items() if a != alpha},
-        "targets": _targets([i.path.removeprefix(own) for i in items if _rank(i) is not None], target),
+        "targets": _targets(
+            [i.path.removeprefix(own) for i in items if _rank(i) is not None and not i.parameter], target
+        ),
         "dora": any(i.magnitude is not None for i in items),
         "lora-bias": any("bias" in i.factors for i in items),
         "scale": next((i.scale for i in items if i.rank is not None), 1.0),
@@ -259,9 +269,12 @@ def _config(
     whole = sorted(path for path in saved if not path.endswith(inner))
     if whole:
         said["whole"] = settings.get("modules-to-save") or whole
-    for ours in ("bias", "token-rows", "task", "base", "tied"):
+    for ours in ("bias", "token-rows", "task", "base", "tied", "fan-in-fan-out"):
         if settings.get(ours):
             said[ours] = settings[ours]
+    if parameters := sorted(i.parameter for i in items if i.parameter):
+        # Which axis is which in their factors depends on the release that wrote them.
+        said |= {"target-parameters": parameters, "version": target.write["stacked-as"]}
     document: dict[str, Any] = json.loads(json.dumps(method.get("config", {})))
     if said["dora"]:
         document |= method.get("dora", {})
