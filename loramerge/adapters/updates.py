@@ -308,6 +308,9 @@ class TokenRows:
 
 def to_data(update: Update) -> dict[str, Any]:
     """An update as plain data for a plan or a receipt."""
+    own = getattr(update, "data", None)  # of updates that hold more than plain data
+    if own is not None:
+        return dict(own())
     return {"kind": update.kind, **asdict(cast(Any, update))}
 
 
@@ -325,7 +328,7 @@ def from_data(data: Mapping[str, Any]) -> Update:
             how, at, of = fields["pick"]
             made = _typed(fields, adapter=int, module=str, A=str, B=str, scale=float, rank=int, part=dict, pick=list)
             return LowRank(**made | {"pick": Pick(str(how), int(at), int(of)), "part": _part(fields["part"])})
-        context, view = fields["context"], fields["view"]
+        context = fields["context"]
         return ByKind(
             kind=str(data["kind"]),
             adapter=int(fields["adapter"]),
@@ -337,7 +340,7 @@ def from_data(data: Mapping[str, Any]) -> Update:
                 float(context["weight"]),
                 dict(context["options"]),
             ),
-            view=View(tuple(map(int, view["shape"])), tuple(_part(part) for part in view["parts"])),
+            view=view_from_data(fields["view"]),
             part=int(fields["part"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -355,6 +358,15 @@ def _typed(fields: Mapping[str, Any], **types: type) -> dict[str, Any]:
     return dict(fields)
 
 
+def view_from_data(data: Mapping[str, Any]) -> View:
+    """The view that `asdict` gave this data for.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no such data.
+    """
+    return View(tuple(map(int, data["shape"])), tuple(_part(part) for part in data["parts"]))
+
+
 def _part(data: Mapping[str, Any]) -> Part:
     place = data["place"]
     numbers = [int(place[name]) for name in ("begin", "rows", "cols", "c0", "c1", "step")]
@@ -366,6 +378,9 @@ def _part(data: Mapping[str, Any]) -> Part:
 
 def only_adds(update: Update) -> bool:
     """Whether it adds something that does not depend on the weight, so that it can be subtracted again."""
+    together: bool | None = getattr(update, "computes_again", None)
+    if together is not None:
+        return together
     if isinstance(update, LowRank | Difference):
         return True
     if not isinstance(update, ByKind):
@@ -376,7 +391,12 @@ def only_adds(update: Update) -> bool:
 def apply_earlier(
     whole: Tensor, updates: tuple[Update, ...], before: Update, read: ReadFactor, weights: Weights
 ) -> None:
-    """Applies to a whole flat tensor those of its updates that come before all updates of `before`'s module."""
+    """Applies to a whole flat tensor those of its updates that come before all updates of `before`'s module.
+
+    Updates that several adapters make together are made of what each does to the base: none comes before them.
+    """
+    if hasattr(before, "uses"):
+        return
     original = None if in_place(updates) else whole.clone()
     for update in updates:
         if (update.adapter, update.module) == (before.adapter, before.module):
@@ -384,6 +404,12 @@ def apply_earlier(
         operator = update.operator(read, weights)
         if operator is not None:
             operator.apply(whole, 0, whole if original is None else original)
+
+
+def uses(update: Update) -> tuple[tuple[int, str], ...]:
+    """(adapter, key) of every factor that an update needs."""
+    together: tuple[tuple[int, str], ...] | None = getattr(update, "uses", None)
+    return tuple((update.adapter, key) for key in update.keys) if together is None else together
 
 
 def in_place(updates: tuple[Update, ...]) -> bool:

@@ -51,8 +51,12 @@ class Binding:
     grown: dict[str, tuple[int, ...]] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    sites: dict[str, Any] = field(default_factory=dict)
+    """Where parameters lie that were found by their values, as plain data: once merged they are not found again."""
     matches: list[Matches] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    products: Any = None
+    """What a method made of several adapters: one more of them, which updates name by the number after the last."""
 
     def update(self, name: str, update: Update) -> None:
         """Adds one update of a stored tensor."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loramerge as lm
-from loramerge.errors import MismatchError
+from loramerge.errors import MismatchError, UnsupportedError
 from loramerge.tensors.padded import PaddedSource
 from loramerge.tensors.source import FileSource
 
@@ -125,3 +125,20 @@ def test_any_range_of_a_padded_tensor(shape: tuple[tuple[int, ...], tuple[int, .
         for length in range(len(raw) - begin + 1):
             assert padded.read(begin, length) == raw[begin : begin + length]
     source.close()
+
+
+def test_a_merged_layer_is_not_widened_in_one_pass(tmp_path: Path) -> None:
+    """What is merged must come back before zeros are put beside it: a switch refuses, the two steps work."""
+    tensors = base() | {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(4)}
+    save_file(tensors, tmp_path / "base.safetensors")
+    save_file(control(4), tmp_path / "narrow.safetensors")
+    save_file(control(8), tmp_path / "wide.safetensors")
+    merged = tmp_path / "merged.safetensors"
+    lm.merge(tmp_path / "base.safetensors", tmp_path / "narrow.safetensors", merged, reversible=True)
+    with pytest.raises(UnsupportedError) as caught:
+        lm.switch(merged, tmp_path / "wide.safetensors", tmp_path / "out.safetensors")
+    assert caught.value.code == "switch.grown" and "img_in.weight" in caught.value.tensors
+    assert not (tmp_path / "out.safetensors").exists()
+    lm.unmerge(merged, tmp_path / "back.safetensors")
+    lm.merge(tmp_path / "back.safetensors", tmp_path / "wide.safetensors", tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["img_in.weight"].shape == (6, 8)
