@@ -1,0 +1,1 @@
+"""What an adapter does: spectra, subspace similarity, amplification, collisions, counts; as data, text and one page."""
