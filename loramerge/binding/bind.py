@@ -57,6 +57,7 @@ def bind(
     exclude: Sequence[str] = (),
     allow_unmatched: bool = False,
     base_name: str = "",
+    oriented: frozenset[str] = frozenset(),
 ) -> Binding:
     """Decides what each adapter, times its weight, does to each tensor of a base.
 
@@ -67,13 +68,14 @@ def bind(
         include, exclude: globs over module paths; what is left out is counted, not forgotten.
         allow_unmatched: factors without a home are a note, not an error (unless nothing matches at all).
         base_name: the base as the user typed it, for messages.
+        oriented: modules whose weights are known to be (out, in) in `slots`.
 
     Raises:
         MismatchError: `adapter.unmatched`, `adapter.shape`, `binding.ambiguous`, ...: they do not belong together.
         InputError, UnsupportedError: see `loramerge.adapters` and `loramerge.binding.shapes`.
     """
     try:
-        return _bind(slots, config or {}, adapters, selector(include, exclude), allow_unmatched, base_name)
+        return _bind(slots, config or {}, adapters, selector(include, exclude), allow_unmatched, base_name, oriented)
     except LoramergeError as error:
         error.file = error.file or base_name
         raise
@@ -86,8 +88,9 @@ def _bind(
     selected: Selected,
     allow_unmatched: bool,
     base_name: str,
+    oriented: frozenset[str],
 ) -> Binding:
-    names = Namespace(slots, families(), config)
+    names = Namespace(slots, families(), config, oriented)
     binding = Binding(names)
     _note_base(binding, config, adapters, base_name)
     _replicate(binding, adapters, config)
@@ -106,7 +109,7 @@ def _bind(
             keys = {factor.key for factor in module.factors.values()}
             if not selected(module.path):
                 matches.excluded |= keys
-            elif why := _bind_module(binding, adapter, index, weight, module, base, matches):
+            elif (why := _bind_module(binding, adapter, index, weight, module, base, matches)) is not None:
                 matches.unmatched |= dict.fromkeys(sorted(keys), why)
             else:
                 matches.matched += 1
@@ -463,6 +466,8 @@ def _note_base(
     own = str(config.get("_name_or_path") or base_name)
     for adapter, _ in adapters:
         trained = adapter.settings.get("base")
+        if own.endswith(".onnx"):
+            continue  # never what an adapter was trained on
         if isinstance(trained, str) and trained and _last(trained) not in (_last(own), _last(base_name)):
             binding.notes.append(
                 f"{adapter.name} was trained on {quoted(trained)}, the base given is {quoted(own)}; their shapes fit"

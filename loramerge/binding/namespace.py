@@ -52,16 +52,23 @@ class Target:
 
 
 class Namespace:
-    """Names, dtypes and shapes of a base, with lookups by alias.
+    """Names, dtypes and shapes of a base, with lookups by alias. `oriented`: modules known to be (out, in).
 
     Raises (all lookups):
         MismatchError: `binding.ambiguous` where a name could be two tensors.
     """
 
-    def __init__(self, slots: Iterable[Slot], families: Families, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        slots: Iterable[Slot],
+        families: Families,
+        config: Mapping[str, Any],
+        oriented: frozenset[str] = frozenset(),
+    ) -> None:
         self.slots: dict[str, Slot] = {slot.name: slot for slot in slots}
         self.families = families
         self.config = config
+        self.oriented = oriented
         model_type = config.get("model_type")
         self.model_type = model_type if isinstance(model_type, str) else None
         self.model_types = _model_types(config)
@@ -259,6 +266,8 @@ class Namespace:
     def is_flipped(self, claimed: Any, module: str) -> bool:
         """Whether a linear is stored (in, out) where its shape does not tell: its architecture does, or what the
         adapter's config claims."""
+        if module in self.oriented:
+            return False
         known = self.families.is_transposed(self.model_type, module)
         return bool(claimed) if known is None else known
 
