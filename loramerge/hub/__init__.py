@@ -1,0 +1,1 @@
+"""The Hub: references to repositories, and what is in them as sources of bytes."""
