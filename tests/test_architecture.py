@@ -16,12 +16,33 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "loramerge"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = ("merge", "unmerge", "switch", "recover", "convert", "verify", "inspect", "diff", "doctor", "demo")
+COMMANDS = (
+    "merge",
+    "unmerge",
+    "switch",
+    "recover",
+    "combine",
+    "resize",
+    "convert",
+    "extract",
+    "export",
+    "verify",
+    "inspect",
+    "analyze",
+    "diff",
+    "build",
+    "lock",
+    "pull",
+    "push",
+    "doctor",
+    "demo",
+)
 
 # Imports point downwards: from a higher rank to a lower one, or within one part. Parts of one rank stay apart.
 RANKS = {
     "errors": 0,
     "formats": 1,
+    "methods": 1,
     "tensors": 1,
     "algebra": 1,
     "pickled": 2,
@@ -29,21 +50,23 @@ RANKS = {
     "binding": 3,
     "merging": 4,
     "converting": 4,
-    "export": 4,
-    "hub": 4,
-    "analysis": 4,
-    "build": 5,
-    "api": 6,
-    "__init__": 6,
-    "demo": 7,
-    "doctor": 7,
-    "cli": 8,
-    "__main__": 9,
+    "hub": 5,
+    "analysis": 5,
+    "combining": 5,
+    "exporting": 5,
+    "extracting": 5,
+    "building": 6,
+    "api": 7,
+    "__init__": 7,
+    "demo": 8,
+    "doctor": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 HEAVY = {"torch", "numpy", "transformers", "huggingface_hub", "onnx", "peft", "safetensors"}
 
 # Where the name of a dialect is no knowledge of its layout: text for people, versions of installed packages.
-MAY_NAME_LAYOUTS = ("cli/", "demo.py", "doctor.py", "pickled.py")
+MAY_NAME_LAYOUTS = ("cli/", "building/numerics.py", "demo.py", "doctor.py", "pickled.py")
 
 
 def part_of(module: Path) -> str:

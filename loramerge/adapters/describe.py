@@ -19,6 +19,7 @@ from loramerge.errors import InputError, LoramergeError
 from loramerge.tensors import strictjson
 from loramerge.tensors.checkpoint import PICKLE_SUFFIXES, Checkpoint, Component, PickleReader, open_checkpoint
 from loramerge.tensors.dtypes import display, is_float
+from loramerge.tensors.interrupted import beside
 from loramerge.tensors.safetensors import TensorInfo
 from loramerge.tensors.source import FileSource, stat_file
 from loramerge.tensors.text import plural, quoted, some
@@ -60,11 +61,11 @@ def open_weights(path: str | Path, *, read_pickle: PickleReader | None = None) -
     if name:
         stat_file(path, name)
     if not name or not path.is_dir():
-        return open_checkpoint(name, read_pickle=read_pickle)
+        return open_checkpoint(name, read_pickle=read_pickle, onnx=True)
     try:
         names = sorted(os.listdir(path))
     except OSError:
-        return open_checkpoint(name, read_pickle=read_pickle)  # which says what is wrong with it
+        return open_checkpoint(name, read_pickle=read_pickle, onnx=True)  # which says what is wrong with it
     if not any(_MODEL_FILE.fullmatch(n) for n in names) and "model_index.json" not in names:
         adapters = [n for n in weight_names() if n in names] or [n for n in names if _ADAPTER_FILE.fullmatch(n)]
         if adapters:
@@ -73,7 +74,7 @@ def open_weights(path: str | Path, *, read_pickle: PickleReader | None = None) -
         if configs & set(names) and not any(n.endswith((".safetensors", *PICKLE_SUFFIXES)) for n in names):
             message = f"holds an adapter's config and no weights; it holds {some(names, 10)}"
             raise InputError("adapter.no_weights", message, fix="download its weight file as well", file=name)
-    return open_checkpoint(name, read_pickle=read_pickle)
+    return open_checkpoint(name, read_pickle=read_pickle, onnx=True)
 
 
 def inspect(source: str | Path, *, read_pickle: PickleReader | None = None) -> dict[str, Any]:
@@ -389,10 +390,7 @@ def _quantised(checkpoint: Checkpoint) -> str | None:
 
 def _receipt(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[str]]:
     """What a merge left with its output, in short. And a note where there is one that cannot be read."""
-    if checkpoint.directory is not None:
-        path = checkpoint.directory / RECEIPT
-    else:
-        path = checkpoint.path.with_name(f"{checkpoint.path.stem}.{RECEIPT}")
+    path = checkpoint.directory / RECEIPT if checkpoint.directory is not None else beside(checkpoint.path, RECEIPT)
     if not os.path.lexists(path):
         return None, []
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from loramerge.adapters.dialect import Dialect, detect, told_by_config, unreadab
 from loramerge.adapters.keys import check_factors, sort_keys
 from loramerge.adapters.oddities import oddities
 from loramerge.errors import InputError, MismatchError, UnsupportedError
+from loramerge.tensors import mounts
 from loramerge.tensors.checkpoint import Checkpoint, PickleReader, open_checkpoint
 from loramerge.tensors.text import plural, quoted, some
 
 
 def open_adapter(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     read_pickle: PickleReader | None = None,
     alpha: float | None = None,
@@ -44,6 +46,7 @@ def open_adapter(
         MismatchError: it is not an adapter at all.
         UnsafeError: a pickle without permission.
     """
+    path = mounts.located(path)
     checkpoint = _open_weights(Path(path), str(path), read_pickle)
     try:
         told: dict[str, Any] = {} if enable_lora is None else {"enable-lora": list(enable_lora)}

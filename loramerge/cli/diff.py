@@ -25,7 +25,8 @@ UNKNOWN = "-"
 @options.selection
 @options.allow_pickle
 @options.common
-def command(sink: Sink, a: str, b: str, include: tuple[str, ...], exclude: tuple[str, ...], allow_pickle: bool) -> None:
+@options.hub
+def command(sink: Sink, a: str, b: str, **flags: Any) -> None:
     """Compare two checkpoints tensor by tensor.
 
     Files or directories, checkpoints or adapters; how they are cut into files does not matter. Tells which
@@ -41,7 +42,7 @@ def command(sink: Sink, a: str, b: str, include: tuple[str, ...], exclude: tuple
     import loramerge as lm
 
     with sink.progress_bar("diff") as progress:
-        data = lm.diff(a, b, allow_pickle=allow_pickle, include=include, exclude=exclude, progress=progress)
+        data = lm.diff(a, b, progress=progress, **flags)
     sink.result(data, _lines(sink, data), "equal" if data["same"] else "different")
     if not data["same"]:
         raise SystemExit(1)

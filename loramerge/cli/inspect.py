@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,8 @@ SHOWN = 8
 @click.argument("source")
 @options.allow_pickle
 @options.common
-def command(sink: Sink, source: str, allow_pickle: bool) -> None:
+@options.hub
+def command(sink: Sink, source: str, allow_pickle: bool, **reach: Any) -> None:
     """Tell what a file or directory is.
 
     Reads headers and configs only: an adapter (which kind, its rank, alpha and scale, what it was trained on,
@@ -37,7 +39,7 @@ def command(sink: Sink, source: str, allow_pickle: bool) -> None:
     """
     import loramerge as lm
 
-    data = lm.inspect(source, allow_pickle=allow_pickle)
+    data = lm.inspect(source, allow_pickle=allow_pickle, **reach)
     lines = [_line(label, text) for label, text in _facts(data) if text]
     lines += [_line("note", note) for note in data["notes"]]
     if data["kind"] == "adapter":
@@ -96,7 +98,7 @@ def _trained(data: Mapping[str, Any]) -> str:
 
 def _verdict(data: Mapping[str, Any]) -> list[str]:
     if data["mergeable"]:
-        return [_line("merge", "yes")]
+        return [_line("merge", "yes"), _line("more", f"what it does: loramerge analyze {shlex.quote(data['source'])}")]
     lines = [_line("merge", f"no: {data['why']}")]
     lines += [_line("", name) for name in data["about"] if name not in data["why"]]
     return [*lines, _line("fix", data["fix"])] if data["fix"] else lines

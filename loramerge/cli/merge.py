@@ -9,6 +9,7 @@ import click
 
 from loramerge.cli import options
 from loramerge.cli.sink import Sink, duration, size
+from loramerge.errors import UsageError
 from loramerge.tensors.dtypes import display
 from loramerge.tensors.text import plural
 
@@ -24,18 +25,23 @@ LOW_RETENTION = 0.95
 @click.argument("base")
 @click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True, type=options.ADAPTER)
 @options.place("base")
+@click.option("--base", "checkpoint", metavar="CHECKPOINT", help="BASE is an ONNX model; it was exported from this.")
 @options.arithmetic
+@options.method
 @options.selection
 @options.adapters
 @click.option("--reversible", is_flag=True, help="Write an undo file too, for loramerge unmerge and switch.")
 @click.option("--no-undo", is_flag=True, help="With --in-place: do without an undo file; BASE is gone then.")
 @click.option("--shard-size", type=options.SIZE, metavar="SIZE", help="Cut the output into files of this size.")
 @click.option("--link", is_flag=True, help="Hard-link files that do not change instead of copying them.")
+@click.option("--attest", metavar="FILE", help="Write where OUT comes from, as an in-toto statement, to be signed.")
+@click.option("--builder-id", metavar="URI", help="Who builds, for --attest.")
 @options.allow_pickle
 @options.jobs
 @options.max_memory
 @options.dry_run
 @options.common
+@options.hub
 def command(
     sink: Sink,
     base: str,
@@ -47,21 +53,29 @@ def command(
 ) -> None:
     """Merge adapters into a checkpoint.
 
-    BASE is a file or a directory. A number after = is the weight of an adapter. Nothing is written before
-    everything has been checked, and OUT appears only when it is complete. In place, a run that is killed is finished
-    or undone by the next one, and until then the model is refused by every other command.
+    BASE is a file or a directory. A number after = is the weight of an adapter. Several adapters are summed, or joined
+    module by module by another method, exactly and without cutting ranks: weights are in the updates before it sees
+    them, and negative ones subtract. Nothing is written before everything has been checked, and OUT appears only when
+    it is complete. In place, a run that is killed is finished or undone by the next one, and until then the model is
+    refused by every other command.
 
     \b
     Examples:
       loramerge merge base lora -o merged
       loramerge merge base style=0.7 tone=-0.2 -o merged --dtype bfloat16
+      loramerge merge base style=0.7 tone=0.3 -o merged --method ties --density 0.5
       loramerge merge base lora -o merged --reversible
+      loramerge merge hf://meta-llama/Llama-3.2-1B acme/lora@v2 -o merged
       loramerge merge base lora -o merged --dry-run
       loramerge merge base lora --in-place --reversible
+      loramerge merge model.onnx lora -o tuned/model.onnx
     """
     import loramerge as lm
 
     if dry_run:
+        if flags.pop("attest") is not None:
+            raise UsageError("usage.attest", "a dry run makes nothing to attest", fix="leave --attest away")
+        flags.pop("builder_id")
         plan = lm.plan_merge(base, list(adapters), None if in_place else out, in_place=in_place, **flags)
         lines = [f"{label:<10}{text}" for label, text in plan_lines(plan)]
         lines += [f"{'note':<10}{note}" for note in plan.notes]
@@ -94,7 +108,11 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     files = len(base.files)
     dtypes = sorted({display(located.info.dtype) for located in base.tensors.values()})
     shards = plural(files, "file") if base.index_name is None else plural(files, "shard")
-    lines = [("base", "   ".join((base.name, shards, size(base.nbytes), ", ".join(dtypes))))]
+    parts = [base.name, shards, size(base.nbytes), ", ".join(dtypes)]
+    if base.origin:
+        streamed = any(hasattr(file.source, "window_bytes") for file in base.files)
+        parts.append("(streamed)" if streamed else "(cached)")
+    lines = [("base", "   ".join(parts))]
     for number, (adapter, weight) in enumerate(plan.adapters):
         matches = plan.binding.matches[number]
         parts = [adapter.name, " ".join([adapter.dialect.title, *_scales(plan, number, weight)])]
@@ -106,6 +124,8 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         if matches.unmatched:
             parts.append(f"{plural(len(matches.unmatched), 'tensor')} unmatched")
         lines.append(("adapter", "   ".join(parts)))
+    if how := method_text(plan):
+        lines.append(("method", how))
     counts = plan.counts()
     changes = f"{counts['changed']} of {len(plan.steps)} tensors change"
     if counts["added"]:
@@ -113,6 +133,21 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     moved = f"reads {size(plan.bytes_read)}, writes {size(plan.bytes_written)}"
     lines.append(("plan", f"{changes}; {moved}, memory {size(plan.memory(plan.jobs))}"))
     return lines
+
+
+def method_text(plan: Plan) -> str:
+    """The method of a merge and its options; nothing for the usual sum."""
+    name, given = plan.options.get("method", "linear"), plan.options.get("method_options") or {}
+    if name == "linear":
+        return ""
+    parts = [f"{key.replace('_', '-')} {_said(value)}" for key, value in given.items() if value is not None]
+    return "   ".join((str(name), *parts))
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _scales(plan: Plan, number: int, weight: float) -> list[str]:

@@ -10,31 +10,16 @@ from typing import Any, Generic, TypeVar
 
 import click
 
+from loramerge import methods
 from loramerge.cli.sink import Sink
 from loramerge.errors import UsageError
+from loramerge.tensors.sizes import parse_size as parse_size
 
 T = TypeVar("T")
 Function = Callable[..., Any]
 
-_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 _WEIGHTED = re.compile(r"(.*)=([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(?::\d+)?")
-
-
-def parse_size(text: str) -> int:
-    """Bytes: ``"2GB"`` (10^9), ``"1GiB"`` (2^30), ``"500 MB"``, ``"1000000"``.
-
-    Raises:
-        UsageError: ``usage.size``: it is no size, or less than a byte.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or (match[3] and not match[2]):
-        raise UsageError("usage.size", f"{text!r} is not a size", fix="write it as 2GB, 500MB or 1GiB")
-    nbytes = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()]
-    if not 1 <= nbytes < 2**63:
-        raise UsageError("usage.size", f"{text!r} is out of range", fix="write it as 2GB, 500MB or 1GiB")
-    return int(nbytes)
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
@@ -115,6 +100,37 @@ def common(function: Function) -> Function:
     return with_sink
 
 
+def token(function: Function) -> Function:
+    """`--token`. Stands below `common`: what is found on the way to the Hub is said by its `sink`."""
+
+    @functools.wraps(function)
+    def reaching(*args: Any, sink: Sink, token: str | None, **kwargs: Any) -> Any:
+        from loramerge.hub.notices import heard_by
+
+        def listen(kind: str, text: str) -> None:
+            if kind == "warning":
+                sink.warn(text)
+            else:
+                sink.say("hub", text)
+
+        with heard_by(listen):
+            return function(*args, sink=sink, token=token or None, **kwargs)
+
+    made: Function = click.option(
+        "--token", metavar="TOKEN", help="A token of the Hub (default: HF_TOKEN, or that of hf auth login)."
+    )(reaching)
+    return made
+
+
+def hub(function: Function) -> Function:
+    """`--token`, `--offline`, for commands that take sources. Stands below `common`."""
+    return token(
+        click.option("--offline", is_flag=True, help="Ask nobody: sources on the Hub are taken from the cache.")(
+            function
+        )
+    )
+
+
 def place(model: str) -> Callable[[Function], Function]:
     """`-o` or `--in-place`, and `--force`: the command gets `out`, which in place is the argument `model` itself."""
 
@@ -135,7 +151,7 @@ def place(model: str) -> Callable[[Function], Function]:
                 "-o",
                 "--out",
                 metavar="OUT",
-                help="Where to write: a directory for a directory, a .safetensors file for a file.",
+                help="Where to write: a directory, or a .safetensors or .onnx file.",
             ),
         ):
             placed = option(placed)
@@ -152,7 +168,7 @@ def output(function: Function) -> Function:
         "--out",
         required=True,
         metavar="OUT",
-        help="Where to write: a directory for a directory, a .safetensors file for a file.",
+        help="Where to write: a directory, or a .safetensors or .onnx file.",
     )(function)
 
 
@@ -212,6 +228,17 @@ def computing(function: Function) -> Function:
     )(function)
 
 
+def factor_dtype(default: str) -> Callable[[Function], Function]:
+    """`--dtype` of an adapter's factors."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
+        default=default,
+        show_default=True,
+        help="Floating-point type of the output; keep: of each module the widest of its factors.",
+    )
+
+
 def adapters(function: Function) -> Function:
     """What says how adapters are to be read: `--alpha` and its like, `--allow-unmatched`, `--tokenizer`."""
     for option in (
@@ -238,3 +265,38 @@ def adapters(function: Function) -> Function:
 def dry_run(function: Function) -> Function:
     """`--dry-run`."""
     return click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")(function)
+
+
+def method(function: Function) -> Function:
+    """`--method` and the options of all methods: the command gets its name, and `method_options`, those given."""
+
+    @functools.wraps(function)
+    def with_method(*args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in methods.OPTIONS}
+        given = {name: value for name, value in given.items() if value is not None}
+        return function(*args, method_options=given, **kwargs)
+
+    made: Function = with_method
+    for option in reversed(list(methods.OPTIONS.values())):
+        made = _method_option(option)(made)
+    names = ", ".join(methods.METHODS)
+    return click.option(
+        "--method", default="linear", show_default=True, metavar="METHOD", help=f"How to combine: {names}."
+    )(made)
+
+
+def _method_option(option: methods.Option) -> Callable[[Function], Function]:
+    """One option of methods; its help tells which take it, with their defaults."""
+    defaults = {m.name: m.options[option.name] for m in methods.METHODS.values() if option.name in m.options}
+    if option.type is bool:
+        said = ", ".join(f"{name} {'on' if default else 'off'}" for name, default in defaults.items())
+        flags = [f"{option.flag}/--no-{option.flag[2:]}"]
+    else:
+        said = ", ".join(
+            name if default is None else f"{name} {default:g}" if isinstance(default, float) else f"{name} {default}"
+            for name, default in defaults.items()
+        )
+        flags = [option.flag, *option.also]
+    kind: Any = click.Choice(option.choices) if option.choices else None if option.type is bool else option.type
+    metavar = None if option.type is bool else "|".join(option.choices) or ("METHOD" if option.type is str else "X")
+    return click.option(*flags, option.name, type=kind, default=None, metavar=metavar, help=f"{option.help} [{said}]")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True, type=options.ADAPTER)
 @options.place("merged")
 @options.computing
+@options.method
 @options.selection
 @options.adapters
 @options.allow_pickle
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @options.max_memory
 @options.dry_run
 @options.common
+@options.hub
 def command(
     sink: Sink,
     merged: str,

@@ -30,6 +30,7 @@ VERBS = {"undo file": "brought back", "base": "read from the base", "subtraction
 @options.max_memory
 @options.dry_run
 @options.common
+@options.hub
 def command(
     sink: Sink,
     merged: str,

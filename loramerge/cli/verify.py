@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from loramerge.cli import options
@@ -26,6 +28,7 @@ SHOWN = 20
 @options.allow_pickle
 @options.jobs
 @options.common
+@options.hub
 def command(
     sink: Sink,
     out: str,
@@ -34,6 +37,7 @@ def command(
     undo: bool,
     allow_pickle: bool,
     jobs: int | None,
+    **reach: Any,
 ) -> None:
     """Check an output against its receipt, or replay its merge.
 
@@ -59,6 +63,7 @@ def command(
             allow_pickle=allow_pickle,
             jobs=jobs,
             progress=progress,
+            **reach,
         )
     ok = bool(report["ok"])
     how = "as the receipt says"

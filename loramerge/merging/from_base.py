@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -63,7 +64,7 @@ def index_files(checkpoint: Checkpoint) -> dict[str, sidefiles.SideFile]:
         if index is None or directory is None or any(f.kind != "safetensors" for f in model.checkpoint.files):
             continue
         name = f"{model.folder}/{index}" if model.folder else index
-        found[name] = sidefiles.SideFile(name, directory / index, str(directory / index))
+        found[name] = sidefiles.SideFile(name, directory / index, os.path.join(checkpoint.name, name))
     return found
 
 

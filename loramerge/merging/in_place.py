@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from loramerge.adapters.adapter import Adapter
 from loramerge.errors import LoramergeError, MismatchError, OutputError, UnsupportedError, UsageError
-from loramerge.merging import closing, run, sidefiles, undo
+from loramerge.merging import closing, methods, run, sidefiles, undo
 from loramerge.merging import receipt as receipts
-from loramerge.merging.plan import OutputFile, Plan, is_stale
+from loramerge.merging.plan import ONE_FILE, OutputFile, Plan, is_stale
 from loramerge.tensors import journal
 from loramerge.tensors.checkpoint import Checkpoint, WeightFile
 from loramerge.tensors.hashing import block_digest, sha256_file
@@ -117,9 +117,9 @@ def _check_layout(plan: Plan, model: Checkpoint) -> None:
             code, f"cannot be rewritten in place: {message}", fix=ELSEWHERE, file=model.name, tensors=tensors
         )
 
-    if model.directory is None and model.path.suffix != ".safetensors":
-        raise refuse("in-place.format", "its name does not end in .safetensors", [])
-    if other := [file.name for file in model.files if file.kind != "safetensors"]:
+    if model.directory is None and model.path.suffix not in ONE_FILE:
+        raise refuse("in-place.format", f"its name does not end in {' or '.join(ONE_FILE)}", [])
+    if other := [file.name for file in model.files if file.kind not in ("safetensors", "onnx", "onnx-data")]:
         raise refuse("in-place.format", f"{some(other)} is no safetensors file", [])
     steps = {step.tensor: step for step in plan.steps}
     if added := [name for name in steps if name not in model.tensors]:
@@ -138,7 +138,9 @@ def _header(file: WeightFile, planned: OutputFile | None, changes: bool) -> byte
 
     It is the base's own where that comes back, and says no more what the old weights' hashes were.
     """
-    header = file.source.read(0, file.header.data_start)
+    header = file.frame
+    if file.header.gaps is not None:
+        return header
     given = None if planned is None else planned.header
     if given is not None and len(given) == len(header) and parse_header(given) == parse_header(header):
         header = given
@@ -161,7 +163,7 @@ def _runs(file: OutputFile) -> list[tuple[int, int]]:
     assert file.into is not None
     header, infos = file.layout()
     runs: list[tuple[int, int]] = []
-    if header != file.into.source.read(0, len(header)):
+    if header != file.into.frame:
         runs.append((0, len(header)))
     for step, info in zip(file.steps, infos, strict=True):
         if file.lies_there(step) or not info.nbytes:
@@ -206,13 +208,12 @@ def carry_out(
         sink = _JournalSink(staging, set(runs))
         writer = undo.UndoWriter(staging.directory / undo_at.name) if options.reversible else None
         try:
-            adapters = [a for a, _ in plan.adapters]
-            recorder = None if writer is None else Recorder(writer, adapters)
+            recorder = None if writer is None else Recorder(writer, plan.factor_files)
             results = stream(plan, sink, jobs=plan.jobs, device=options.device, progress=progress, recorder=recorder)
             _fill_digests(plan, results, receipt_at)
             more = {} if check is None else check(results)
             contents, side = _side_files(plan, options, staging)
-            notes = list(plan.notes)
+            notes = [*plan.notes, *methods.notes_after(plan.binding)]
             adapter_rows = receipts.adapter_data(plan)
             data = receipts.receipt_data(plan, results, adapter_rows, sink.rows, side, notes, version)
             data |= {"in_place": True, **(about or {}), **more}
@@ -260,7 +261,9 @@ class _JournalSink:
         if file.component:
             row["component"] = file.component
         self.rows.append(row)
-        if header != file.into.source.read(0, len(header)):
+        if file.gaps is not None:
+            row["kind"] = file.into.kind
+        if header != file.into.frame:
             self._staging.write(file.name, 0, memoryview(header))
         return file.name in self._changed
 

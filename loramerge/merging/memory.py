@@ -16,6 +16,7 @@ from loramerge.binding.binding import Binding
 from loramerge.binding.namespace import slots_of
 from loramerge.errors import UnsupportedError
 from loramerge.merging.kernels import CACHED_ELEMENTS, COMPUTE_DTYPES, TORCH_DTYPES, NonFinite, change_block
+from loramerge.merging.methods import combined, factor_files
 from loramerge.merging.run import Adapters, Options, open_pairs, weighted
 from loramerge.merging.stream import FactorFile, Factors
 from loramerge.tensors.hashing import row_layout
@@ -42,7 +43,9 @@ def merge_tensors(
         allow_unmatched=options.allow_unmatched,
         base_name="the state dict",
     )
-    merging = Merging(tensors, binding, [a for a, _ in pairs], COMPUTE_DTYPES[options.compute_dtype])
+    binding = combined(binding, options.chosen(len(pairs)), pairs, options.compute_dtype)
+    files = factor_files(binding, [a for a, _ in pairs])
+    merging = Merging(tensors, binding, files, COMPUTE_DTYPES[options.compute_dtype])
     with torch.inference_mode(False), torch.no_grad(), exact_products():
         return {name: merging.merged(name) for name in binding.names.slots}
 

@@ -8,9 +8,11 @@ from math import prod
 from typing import Any, Literal
 
 from loramerge.adapters.adapter import Adapter
-from loramerge.adapters.updates import ByKind, DoRA, Update, to_data
+from loramerge.adapters.updates import ByKind, Difference, DoRA, LowRank, Update, to_data, uses
 from loramerge.binding.binding import Binding
 from loramerge.errors import UnsupportedError, UsageError
+from loramerge.merging.methods import Combined, factor_files
+from loramerge.merging.products import KEPT_BYTES
 from loramerge.merging.sidefiles import SideFile
 from loramerge.merging.undo import UndoFile, Undone
 from loramerge.tensors.checkpoint import Checkpoint, Component, Located, WeightFile
@@ -25,6 +27,12 @@ ALIGNMENT = 4096
 """Tensor data of a written file starts at a multiple of this, so that it can be written past the page cache."""
 
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+CODEC_ELEMENTS = 1 << 21
+"""Elements that the undo codec works on at once (`bring_back.PIECE`)."""
+
+CODEC_BYTES, DENSE_CODEC_BYTES = 32, 110
+"""Memory that it takes for each of them, measured: where updates are products, and where they are made whole."""
 
 TORCH_BYTES = 300_000_000
 """Memory of the interpreter with torch loaded, measured, rounded up."""
@@ -83,6 +91,8 @@ class OutputFile:
     """Its header, where that is to be another file's byte for byte."""
     into: WeightFile | None = None
     """The file that is rewritten where it lies: it has all these tensors, in the same dtypes and shapes."""
+    frame: WeightFile | None = None
+    """The file that it equals but for what changes, byte for byte: an ONNX graph, or a file of external data."""
 
     def stored_name(self, step: Step) -> str:
         """What a tensor is called in the file."""
@@ -99,19 +109,28 @@ class OutputFile:
         return [step for step in self.steps if not self.lies_there(step)]
 
     def layout(self) -> tuple[bytes, list[TensorInfo]]:
-        """The header, and where each tensor lies: for an untouched file, as in its source."""
-        if self.into is not None:
-            own = self.into.header
-            header = self.into.source.read(0, own.data_start) if self.header is None else self.header
-            return header, [own.tensors[step.tensor] for step in self.steps]
+        """The bytes that are no tensor's, and where each tensor lies: for an untouched file, as in its source."""
+        kept = self.into or self.frame
+        if kept is not None:
+            header = kept.frame if self.header is None else self.header
+            return header, [kept.header.tensors[step.tensor] for step in self.steps]
         if self.whole is not None:
-            source = self.whole.header
-            return self.whole.source.read(0, source.data_start), list(source.tensors.values())
+            return self.whole.frame, list(self.whole.header.tensors.values())
         if self.header is not None:
             infos = parse_header(self.header)
             return self.header, [infos[self.stored_name(s)] for s in self.steps]
         entries = [(self.stored_name(s), s.dtype, s.shape) for s in self.steps]
         return encode_header(entries, self.metadata, align=ALIGNMENT)
+
+    @property
+    def model(self) -> WeightFile | None:
+        """The file whose layout it keeps, if there is one."""
+        return self.into or self.frame or self.whole
+
+    @property
+    def gaps(self) -> tuple[tuple[int, int], ...] | None:
+        """Where the bytes that are no tensor's go; None where they are a header."""
+        return None if self.model is None else self.model.header.gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +159,19 @@ class Plan:
     """Where the steps that bring tensors back read what was lost."""
     in_place: Checkpoint | None = None
     """The model that is rewritten where it lies, all files of the plan being its own."""
+    recording: bool = False
+    """Whether what is changed is written to an undo file."""
     way: str = ""
     """How an un-merge comes back: `undo file`, `base` or `subtraction`."""
 
     @property
     def steps(self) -> list[Step]:
         return [step for file in self.files for step in file.steps]
+
+    @property
+    def factor_files(self) -> list[Any]:
+        """What the updates name by number: the adapters, and after them what a method made of them."""
+        return factor_files(self.binding, [adapter for adapter, _ in self.adapters])
 
     @property
     def bytes_written(self) -> int:
@@ -170,20 +196,32 @@ class Plan:
         per_worker = 0
         factors = 0
         sizes = {(i, k): f.info.numel for i, (a, _) in enumerate(self.adapters) for k, f in a.factors().items()}
+        products = self.binding.products
+        if products is not None:
+            sizes |= {(len(self.adapters), key): products.elements(key) for key in products}
+            factors = min(KEPT_BYTES, products.held_bytes)
         wide = 8 if self.options.get("compute_dtype") == "float64" else 4
-        whole = 0
+        whole = codec = once = 0
         for step in self.steps:
             rows, row_bytes = row_layout(bits(step.dtype), step.shape)
             block = max(min(BLOCK_BYTES, rows * row_bytes), row_bytes)
             if step.source.info.dtype != step.dtype:
                 block += block * bits(step.source.info.dtype) // bits(step.dtype)
-            per_worker = max(per_worker, block)
-            keys = {(u.adapter, key) for u in step.updates for key in u.keys}
-            factors = max(factors, sum(2 * wide * sizes[k] for k in keys))
+            coded = step.undo is not None or (self.recording and bool(step.updates))
+            per_worker = max(per_worker, 2 * block if coded else block)  # the original beside what it becomes
+            if coded:
+                known = (*step.updates, *(() if step.undo is None else step.undo.updates))
+                each = CODEC_BYTES if all(isinstance(u, LowRank | Difference) for u in known) else DENSE_CODEC_BYTES
+                codec = max(codec, each * min(prod(step.shape), CODEC_ELEMENTS))
+            keys = {use for u in step.updates for use in uses(u)}
+            once = max(once, sum(2 * wide * sizes[k] for k in keys))
             # Kinds that need the weight as a whole hold it, their result and what the formula makes of it.
             whole = max([whole, *(4 * wide * u.view.rows * u.view.cols for u in step.updates if isinstance(u, ByKind))])
+            whole = max([whole, *(u.held_bytes for u in step.updates if isinstance(u, Combined))])
         scratch = 4 * wide * (1 << 18)
-        return TORCH_BYTES + jobs * (per_worker + scratch + whole) + factors
+        # What a source that is read from elsewhere keeps of its stream, together with those beside it.
+        window = max((getattr(file.source, "window_bytes", 0) for file in self.base.files), default=0)
+        return TORCH_BYTES + window + jobs * (per_worker + scratch + whole + codec) + factors + once
 
     def to_data_adapters(self) -> list[dict[str, Any]]:
         """What becomes of each adapter, as plain data."""
@@ -285,7 +323,7 @@ def make_plan(
     for model in base.models:
         made = _arrange(base, model, by_file, shard_size, single_file)
         files += made
-        if single_file is None and (model.checkpoint.index_name is not None or len(made) > 1):
+        if single_file is None and base.onnx is None and (model.checkpoint.index_name is not None or len(made) > 1):
             name = _index_name(model, cut=shard_size is not None)
             indexes.append(IndexFile(name, model.folder, model.checkpoint.index or {}))
     return Plan(
@@ -347,6 +385,8 @@ def _arrange(
 ) -> list[OutputFile]:
     """Output files of one model, from steps grouped by the base's files."""
     inputs = [file for file in base.files if file.component == model.folder]
+    if base.onnx is not None:
+        return [_framed(file, base, tuple(by_file[file.name]), single_file) for file in inputs]
     metadata: dict[str, str] = {}
     for file in inputs:
         metadata |= file.header.metadata
@@ -376,6 +416,29 @@ def _arrange(
         _output_file(name, tuple(steps), metadata, base, model.folder)
         for name, steps in zip(names, shards, strict=True)
     ]
+
+
+ONE_FILE = (".safetensors", ".onnx")
+"""Suffixes of outputs that are one file, and not a directory. An ONNX model may have its weights beside it."""
+
+
+def _framed(file: WeightFile, base: Checkpoint, steps: tuple[Step, ...], single_file: str | None) -> OutputFile:
+    """A file of an ONNX model with the bytes of tensors changed and all others as they are."""
+    name = file.name
+    if single_file is not None:
+        graph = base.files[0].name
+        name = single_file if file is base.files[0] else name.removeprefix(graph[: graph.rfind("/") + 1])
+    for step in steps:
+        info = file.header.tensors[step.tensor]
+        if step.do == "add" or (step.dtype, step.shape) != (info.dtype, info.shape):
+            raise UnsupportedError(
+                "onnx.shape",
+                f"{step.tensor!r} would become {step.dtype} {list(step.shape)}, the graph needs {info.dtype} "
+                f"{list(info.shape)}",
+                tensors=[step.tensor],
+            )
+    whole = file if all(s.verbatim and s.source.file is file for s in steps) else None
+    return OutputFile(name, steps, file.header.metadata, whole, frame=file)
 
 
 STEMS = ("diffusion_pytorch_model",)

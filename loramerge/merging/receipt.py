@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from loramerge.adapters.adapter import Adapter
 from loramerge.errors import InputError
+from loramerge.merging.methods import distances
 from loramerge.merging.plan import Plan
 from loramerge.tensors import strictjson
 from loramerge.tensors.checkpoint import Checkpoint, WeightFile
 from loramerge.tensors.hashing import digest_tensor
+from loramerge.tensors.interrupted import beside
 from loramerge.tensors.padded import PaddedSource
 from loramerge.tensors.source import FileSource
 
@@ -47,7 +49,7 @@ class Receipt:
 
 def receipt_path(out: Path, single_file: bool) -> Path:
     """Where the receipt of an output lies: inside a directory, beside a single file."""
-    return out.with_name(f"{out.stem}.{NAME}") if single_file else out / NAME
+    return beside(out, NAME) if single_file else out / NAME
 
 
 def digest_file(file: WeightFile) -> str:
@@ -55,13 +57,19 @@ def digest_file(file: WeightFile) -> str:
     return digest_tensor(file.source, 0, 8, (file.source.size,))
 
 
+def file_row(file: WeightFile) -> dict[str, Any]:
+    """An input file as the receipt names it, with its SHA-256 where that is known without reading it."""
+    known = {} if file.sha256 is None else {"sha256": file.sha256}
+    return {"name": file.name, "size": file.source.size, **known}
+
+
 def adapter_data(plan: Plan) -> list[dict[str, Any]]:
     """The adapters of a plan as the receipt names them, with digests of their files (which are read for it)."""
     rows: list[dict[str, Any]] = []
     for row, (adapter, _) in zip(plan.to_data_adapters(), plan.adapters, strict=True):
-        files = [{"name": f.name, "size": f.source.size, "digest": digest_file(f)} for f in adapter.checkpoint.files]
+        files = [{**file_row(f), "digest": digest_file(f)} for f in adapter.checkpoint.files]
         settings = {k: v for k, v in adapter.settings.items() if k in ("rank", "alpha", "rslora", "dora", "base")}
-        rows.append({**row, "settings": settings, "files": files})
+        rows.append({**row, **adapter.checkpoint.origin, "settings": settings, "files": files})
     return rows
 
 
@@ -107,6 +115,7 @@ def receipt_data(
             if step.do == "change" and result.source_digest is not None:
                 row["base_digest"] = result.source_digest
             tensors[step.tensor] = row
+    apart = distances(plan.binding)
     return {
         "schema": SCHEMA,
         "tool": "loramerge",
@@ -114,12 +123,15 @@ def receipt_data(
         "command": "merge",
         "base": {
             "source": plan.base.name,
-            "files": [{"name": f.name, "size": f.source.size} for f in plan.base.files],
+            **plan.base.origin,
+            "files": [file_row(f) for f in plan.base.files],
         },
         "adapters": adapters,
         "options": dict(plan.options),
         "config": dict(plan.binding.config),
         "retention": retention(plan, results),
+        **({"sites": plan.binding.sites} if plan.binding.sites else {}),
+        **({"distance": apart} if apart else {}),
         "files": files,
         "side_files": side_files,
         "tensors": tensors,

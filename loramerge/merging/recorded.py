@@ -31,6 +31,8 @@ def options_of(
         "enable_lora": list,
         "alpha": (int, float),
         "shard_size": int,
+        "checkpoint": str,
+        "method_options": dict,
     }
     recorded: dict[str, Any] = receipt["options"]
     for name, value in recorded.items():

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,14 @@ from loramerge import pickled
 from loramerge.adapters.adapter import Adapter
 from loramerge.adapters.dialect import detect
 from loramerge.adapters.opening import open_adapter
-from loramerge.binding.bind import bind
 from loramerge.binding.binding import Binding
-from loramerge.binding.namespace import slots_of
 from loramerge.errors import MismatchError, UnsupportedError, UsageError
-from loramerge.merging import closing, sidefiles, undo
+from loramerge.merging import closing, methods, onnx, sidefiles, undo
 from loramerge.merging import receipt as receipts
-from loramerge.merging.plan import IndexFile, OutputFile, Plan, make_plan
+from loramerge.merging.bound import bind_checkpoint
+from loramerge.merging.plan import ONE_FILE, IndexFile, OutputFile, Plan, make_plan
+from loramerge.methods import Chosen, chosen
+from loramerge.tensors import mounts
 from loramerge.tensors.checkpoint import Checkpoint, open_checkpoint
 from loramerge.tensors.hashing import block_digest, sha256_file
 from loramerge.tensors.output import Output, check_destination, check_space
@@ -66,9 +67,17 @@ class Options:
     link: bool = False
     in_place: bool = False
     no_undo: bool = False
+    method: str = methods.LINEAR
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+
+    def chosen(self, count: int | None = None) -> Chosen:
+        """The method, with all of its options. See `loramerge.methods.chosen`."""
+        return chosen(self.method, self.method_options, count=count)
 
     def recorded(self) -> dict[str, Any]:
         """What changes the result, for plan and receipt; not how fast or how safely it is made."""
+        how = self.chosen()
         return {
             "dtype": self.dtype,
             "compute_dtype": self.compute_dtype,
@@ -83,6 +92,9 @@ class Options:
             "residual_base": self.residual_base,
             "original_base": self.original_base,
             "grouped_experts": self.grouped_experts,
+            "checkpoint": self.checkpoint,
+            "method": how.name,
+            "method_options": dict(how.options),
         }
 
     def check(self) -> None:
@@ -111,6 +123,7 @@ class Options:
             )
         if self.device == "mps" and self.compute_dtype == "float64":
             raise UsageError("usage.device", "mps has no float64", fix="--device cpu")
+        self.chosen()
 
 
 def weighted(adapters: Adapters) -> list[tuple[Pathlike | Adapter, float]]:
@@ -135,13 +148,15 @@ def plan_merge(base: Pathlike | Checkpoint, adapters: Adapters, out: Pathlike, o
     if not given:
         raise UsageError("usage.adapters", "no adapter given")
     destination = Path(out)
-    single = destination.suffix == ".safetensors"
+    single = destination.suffix in ONE_FILE
     check = partial(check_destination, destination, force=options.force, what="file" if single else "directory")
     typed = [p for p in (base, *(a for a, _ in given)) if isinstance(p, str | os.PathLike)]
     existing = [Path(p) for p in typed if os.path.exists(p)]
-    if len(existing) == len(typed) and not options.in_place:
+    if all(os.path.exists(p) or mounts.exists(p) for p in typed) and not options.in_place:
         check(inputs=[*existing, *(folder for path in existing for folder in input_folders(path))])
     plan = plan_tensors(base, given, options, single_file=destination.name if single else None)
+    if not options.in_place:
+        onnx.check_output(plan.base, destination)
     if not options.force and (before := receipts.merged_before(plan.base, [a for a, _ in plan.adapters])):
         raise MismatchError(
             "base.already-merged",
@@ -154,6 +169,7 @@ def plan_merge(base: Pathlike | Checkpoint, adapters: Adapters, out: Pathlike, o
         plan = in_place.arranged(plan, plan.base, options)
     else:
         check_space(destination, plan.bytes_written + SPACE_MARGIN)
+    plan = replace(plan, recording=options.reversible)
     return replace(plan, jobs=jobs_for(plan, options))
 
 
@@ -166,23 +182,19 @@ def plan_tensors(
 ) -> Plan:
     """The plan without a destination, as `verify` replays it."""
     read_pickle = pickled.read_header if options.allow_pickle else None
-    opened = base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base), read_pickle=read_pickle)
+    opened = (
+        base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base), read_pickle=read_pickle, onnx=True)
+    )
     _check_base(opened)
+    onnx.check_options(opened, options)
     if opened.components and single_file is not None:
         raise UsageError(
             "usage.pipeline", "the base is a pipeline of several models, which no single file holds", fix="-o DIRECTORY"
         )
     pairs = open_pairs(given, options)
-    shapes = {name: (t.info.dtype, t.info.shape) for name, t in opened.tensors.items()}
-    binding = bind(
-        slots_of(shapes),
-        opened.config,
-        pairs,
-        include=options.include,
-        exclude=options.exclude,
-        allow_unmatched=options.allow_unmatched,
-        base_name=opened.name,
-    )
+    binding = bind_checkpoint(opened, pairs, options)
+    if pairs:  # without, it is a copy
+        binding = methods.combined(binding, options.chosen(len(pairs)), pairs, options.compute_dtype)
     if opened.components:
         _check_pipeline(binding, opened.name)
     elif opened.config is None and opened.directory is not None:
@@ -237,6 +249,8 @@ def open_pairs(given: Sequence[tuple[Pathlike | Adapter, float]], options: Optio
 
 def _check_base(base: Checkpoint) -> None:
     """A base of nothing but factors is an adapter."""
+    if base.onnx is not None:
+        return
     if not base.tensors:
         raise MismatchError("base.empty", "holds no tensors", fix="give a model directory or file", file=base.name)
     dialect = detect(list(base.tensors)[:64], None)
@@ -335,10 +349,12 @@ def carry_out(
     `about`: what the receipt says of the run where that is no merge (`command`, `base`). `check` raises where what
     became of the tensors is not right, before anything is seen; what it gives is more for the receipt.
     """
-    single = destination.suffix == ".safetensors"
+    single = destination.suffix in ONE_FILE
     receipt_at = receipts.receipt_path(destination, single)
     undo_at = undo.undo_path(destination, single)
     companions = (receipt_at.name, *((undo_at.name,) if options.reversible else ())) if single else ()
+    if single and plan.base.onnx is not None:
+        companions += tuple(onnx.data_names(plan.base))
     from loramerge.merging.bring_back import Recorder
     from loramerge.merging.lanes import choose_device
     from loramerge.merging.stream import stream
@@ -348,10 +364,9 @@ def carry_out(
     output = Output(destination, "file" if single else "directory", options.force, companions)
     try:
         with output:
-            sink = _FileSink(output.directory, options.link)
+            sink = FileSink(output.directory, options.link)
             writer = undo.UndoWriter(output.directory / undo_at.name) if options.reversible else None
-            adapters = [a for a, _ in plan.adapters]
-            recorder = None if writer is None else Recorder(writer, adapters)
+            recorder = None if writer is None else Recorder(writer, plan.factor_files)
             try:
                 results = stream(
                     plan, sink, jobs=plan.jobs, device=options.device, progress=progress, recorder=recorder
@@ -364,9 +379,9 @@ def carry_out(
                 raise
             side = _write_side_files(plan, output.directory, options)
             for index in plan.indexes:
-                write_small_file(output.directory / index.name, _index(plan, index))
+                write_small_file(output.directory / index.name, index_content(plan, index))
                 side.append(_row(output.directory, index.name, "loramerge"))
-            notes = list(plan.notes)
+            notes = [*plan.notes, *methods.notes_after(plan.binding)]
             unchanged = sum(1 for step in plan.steps if results[step.tensor].unchanged)
             if about is None and unchanged and unchanged == sum(1 for step in plan.steps if step.do == "change"):
                 notes.append("every update is zero: the result equals the base")
@@ -407,7 +422,7 @@ def carry_out(
     )
 
 
-class _FileSink:
+class FileSink:
     """Writes the files of a plan into a directory."""
 
     def __init__(self, directory: Path, link: bool) -> None:
@@ -423,6 +438,8 @@ class _FileSink:
         row: dict[str, Any] = {"name": file.name, "size": size, "header": block_digest(header).hex()}
         if file.component:
             row["component"] = file.component
+        if file.gaps is not None and file.model is not None:
+            row["kind"] = file.model.kind
         self._rows[file.name] = row
         if file.whole is not None:
             row["copied_whole"] = True
@@ -436,7 +453,10 @@ class _FileSink:
                 return True
         writer = FileWriter(path, size)
         self._writers[file.name] = writer
-        writer.write(0, memoryview(header))
+        at = 0
+        for begin, end in file.gaps if file.gaps is not None else ((0, len(header)),):
+            writer.write(begin, memoryview(header)[at : at + end - begin])
+            at += end - begin
         return True
 
     def write(self, file: OutputFile, offset: int, view: memoryview) -> None:
@@ -491,7 +511,7 @@ def _row(directory: Path, name: str, origin: str) -> dict[str, Any]:
     return {"name": name, "from": origin, "size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _index(plan: Plan, index: IndexFile) -> bytes:
+def index_content(plan: Plan, index: IndexFile) -> bytes:
     metadata = {k: v for k, v in index.metadata.items() if k not in ("total_size", "total_parameters")}
     files = [file for file in plan.files if file.component == index.component]
     metadata["total_size"] = sum(step.nbytes for file in files for step in file.steps)

@@ -12,6 +12,7 @@ from typing import Any
 
 from loramerge.adapters.adapter import Adapter
 from loramerge.errors import InputError
+from loramerge.tensors import mounts
 from loramerge.tensors.checkpoint import Checkpoint
 from loramerge.tensors.source import FileSource
 
@@ -33,8 +34,8 @@ VOCABULARY = (
 """A directory has a tokenizer of its own if it has one of these."""
 
 WEIGHTS = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack",
-    "*.ot", "*.npz", "*.tflite", "*.mlmodel",
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data*", "*.onnx.data",
+    "*.h5", "*.msgpack", "*.ot", "*.npz", "*.tflite", "*.mlmodel",
 )  # fmt: skip
 """Weights in any format."""
 
@@ -89,9 +90,11 @@ def collect(base: Checkpoint, adapters: Sequence[Adapter], tokenizer: str = "aut
         files = {}
         if base.config is not None:
             path = base.path.parent / "config.json"
-            files["config.json"] = SideFile("config.json", path, str(path))
+            files["config.json"] = SideFile("config.json", path, os.path.join(os.path.dirname(base.name), path.name))
     else:
         files = {f.name: f for f in _walk(base.directory, base.name, [c.folder for c in base.components])}
+    for file in base.files:  # whatever it is called
+        files.pop(file.name, None)
     if base.components:
         if tokenizer == "adapter":
             message = "a pipeline has its tokenizers in folders of their own, and nothing says which the adapter's is"
@@ -153,8 +156,10 @@ def _walk(root: Path, shown: str, components: Sequence[str] = ()) -> list[SideFi
 
 
 def _has_weights(folder: Path) -> bool:
+    found = mounts.mounted(folder)
+    elsewhere = [] if found is None else found.names_in(Path(os.path.abspath(folder)))
     try:
-        return any(_matches(name, WEIGHTS) for name in os.listdir(folder))
+        return any(_matches(name, WEIGHTS) for name in (*os.listdir(folder), *elsewhere))
     except OSError:
         return False  # nor will there be anything to carry
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -190,7 +191,7 @@ class _Run:
         self.jobs = jobs
         self.device = device
         self.dtype = COMPUTE_DTYPES[str(plan.options.get("compute_dtype", "float32"))]
-        self.factors = Factors([a for a, _ in plan.adapters], self.dtype, device)
+        self.factors = Factors(plan.factor_files, self.dtype, device)
         self.results: dict[str, Result] = {}
         self.files = list(plan.files)
         self.total = sum(step.nbytes for file in self.files for step in file.written)
@@ -224,6 +225,8 @@ class _Run:
                         progress(self.done, self.total)
         finally:
             self.stop.set()
+            if self.error is not None or sys.exc_info()[0] is not None:
+                self._give_up()
             for worker, event in zip(workers, gone, strict=True):
                 if worker.ident is not None:  # else it never ran, or will see `stop` before anything else
                     event.wait()
@@ -253,12 +256,20 @@ class _Run:
                 if self.error is None:
                     self.error = error
             self.stop.set()
+            self._give_up()
         finally:
             try:
                 if lane is not None:
                     lane.close()
             finally:
                 gone.set()
+
+    def _give_up(self) -> None:
+        """Nobody need wait any longer for bytes that come from elsewhere."""
+        for file in self.plan.base.files:
+            cancel = getattr(file.source, "cancel", None)
+            if cancel is not None:
+                cancel()
 
     def _lane(self) -> Lane:
         longest, widest = BLOCK_BYTES, BLOCK_BYTES
@@ -280,44 +291,71 @@ class _Run:
         return Lane(longest, widest, self.dtype)
 
     def _tasks(self) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
-        """Blocks in file order; runs of small untouched tensors travel together. Called under the lock."""
-        for file in self.files:
-            header, infos = file.layout()
-            end = infos[-1].end if infos else len(header)
-            stay = {step.tensor for step in file.steps if file.lies_there(step)}
-            self.results |= {name: Result(None) for name in stay}
-            works = [
-                self._work(file, step, info)
-                for step, info in zip(file.steps, infos, strict=True)
-                if step.tensor not in stay
-            ]
-            self.files_left[file.name] = sum(1 for w in works if w.left) + 1
-            if not self.sink.begin(file, header, end):
-                self.done += sum(work.info.nbytes for work in works)
-                self.results |= {work.step.tensor: Result(None) for work in works}
+        """The tasks of every file, file by file; side by side where the base comes in several streams at once.
+
+        An undo file holds blocks in the order of the tasks: file by file, wherever the base comes from. Called under
+        the lock.
+        """
+        abreast = max((getattr(file.source, "abreast", 1) for file in self.plan.base.files), default=1)
+        if self.recorder is not None:
+            abreast = 1
+        left = deque(self.files)
+        turn: deque[tuple[set[int], Iterator[tuple[Callable[..., None], tuple[Any, ...]]]]] = deque()
+        while left or turn:
+            while left and len(turn) < abreast:
+                sources = {id(step.source.file.source) for step in left[0].steps}
+                if any(sources & others for others, _ in turn):
+                    break  # a stream is read by one file at a time: it goes in one direction only
+                turn.append((sources, self._tasks_of(left.popleft())))
+            sources, tasks = turn.popleft()
+            task = next(tasks, None)
+            if task is not None:
+                yield task
+                if abreast == 1:
+                    turn.appendleft((sources, tasks))
+                else:
+                    turn.append((sources, tasks))
+
+    def _tasks_of(self, file: OutputFile) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
+        """Blocks in file order; runs of small untouched tensors travel together."""
+        header, infos = file.layout()
+        end = infos[-1].end if infos else len(header)
+        if file.frame is not None:
+            end = file.frame.source.size
+        stay = {step.tensor for step in file.steps if file.lies_there(step)}
+        self.results |= {name: Result(None) for name in stay}
+        works = [
+            self._work(file, step, info)
+            for step, info in zip(file.steps, infos, strict=True)
+            if step.tensor not in stay
+        ]
+        self.files_left[file.name] = sum(1 for w in works if w.left) + 1
+        if not self.sink.begin(file, header, end):
+            self.done += sum(work.info.nbytes for work in works)
+            self.results |= {work.step.tensor: Result(None) for work in works}
+            return
+        run: list[_Work] = []
+        for work in works:
+            if not work.blocks:
+                self.results[work.step.tensor] = Result(tensor_digest([]))
                 continue
-            run: list[_Work] = []
-            for work in works:
-                if not work.blocks:
-                    self.results[work.step.tensor] = Result(tensor_digest([]))
-                    continue
-                if work.step.verbatim and work.info.nbytes <= BLOCK_BYTES and len(work.blocks) == 1:
-                    if run and not _adjacent(run, work):
-                        yield self._copy_run, (run,)
-                        run = []
-                    run.append(work)
-                    continue
-                if run:
+            if work.step.verbatim and work.info.nbytes <= BLOCK_BYTES and len(work.blocks) == 1:
+                if run and not _adjacent(run, work):
                     yield self._copy_run, (run,)
                     run = []
-                one = self._copy_block if work.step.verbatim else self._change_block
-                for index in range(len(work.blocks)):
-                    if self.recorder is not None and not work.step.verbatim:
-                        self.recorder.announce(work.step, index)
-                    yield one, (work, index)
+                run.append(work)
+                continue
             if run:
                 yield self._copy_run, (run,)
-            yield self._file_part_done, (file,)
+                run = []
+            one = self._copy_block if work.step.verbatim else self._change_block
+            for index in range(len(work.blocks)):
+                if self.recorder is not None and not work.step.verbatim:
+                    self.recorder.announce(work.step, index)
+                yield one, (work, index)
+        if run:
+            yield self._copy_run, (run,)
+        yield self._file_part_done, (file,)
 
     def _work(self, file: OutputFile, step: Step, info: TensorInfo) -> _Work:
         rows, row_bytes = row_layout(bits(step.dtype), step.shape)
@@ -390,7 +428,8 @@ class _Run:
         if step.source.input == 0:
             work.sources[index] = block_digest(read)
         if step.undo is not None:
-            source = self.brought_back(step, index, source, r0 * cols, cols)
+            stays = not operators.each and step.dtype == step.source.info.dtype
+            source = self.brought_back(step, index, source, r0 * cols, cols, target if stays else None)
             work.originals[index] = block_digest(source.view(torch.uint8).numpy().data)
         measure = any(u.kind != "token-rows" for u in step.updates)
         if operators.each:
@@ -398,7 +437,7 @@ class _Run:
                 work.measured[index] = lane.change(source, target, r0 * cols, cols, operators, measure)
             except NonFinite as error:
                 raise self._non_finite(work, error) from None
-        else:
+        elif source is not target:
             target.copy_(source)
         if self.recorder is not None and operators.each:
             self.recorder.record(step, index, source, target, r0 * cols, cols)
@@ -406,16 +445,19 @@ class _Run:
             self.recorder.skip(step, index)
         if not aligned:
             view[:] = target.view(torch.uint8).numpy().data
-        work.digests[index] = block_digest(view)
+        came_back = step.undo is not None and source is target  # nothing was added to it
+        work.digests[index] = work.originals[index] if came_back else block_digest(view)
         self.sink.write(work.file, offset, view)
         self._block_done(work, length)
 
-    def brought_back(self, step: Step, index: int, merged: Tensor, first: int, cols: int) -> Tensor:
-        """The original of a merged block."""
+    def brought_back(
+        self, step: Step, index: int, merged: Tensor, first: int, cols: int, out: Tensor | None = None
+    ) -> Tensor:
+        """The original of a merged block, in `out` if that is given."""
         undo = self.plan.undo
         assert undo is not None and self.deltas is not None
         try:
-            return bring_back(undo, step.source.name, index, merged, first, cols, self.deltas)
+            return bring_back(undo, step.source.name, index, merged, first, cols, self.deltas, out)
         except InputError as error:
             info, undone = step.source.info, undo.tensors[step.source.name]
             held = digest_tensor(step.source.file.source, info.begin, bits(info.dtype), info.shape)
@@ -515,6 +557,7 @@ def _adjacent(run: list[_Work], work: _Work) -> bool:
     return (
         work.step.source.file is last.step.source.file
         and work.step.source.info.begin == last.step.source.info.end
+        and work.info.begin == last.info.end
         and work.info.end - first.info.begin <= BLOCK_BYTES
     )
 

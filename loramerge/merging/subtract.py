@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from loramerge.adapters.adapter import Adapter
 from loramerge.adapters.operators import Operator
-from loramerge.adapters.updates import ReadFactor, Update, Weights, only_adds
-from loramerge.binding.bind import bind
-from loramerge.binding.namespace import slots_of
+from loramerge.adapters.updates import ReadFactor, Update, Weights, only_adds, to_data
 from loramerge.errors import MismatchError, UnsupportedError
 from loramerge.merging import sidefiles
+from loramerge.merging.bound import bind_checkpoint
+from loramerge.merging.methods import Combined, combined
 from loramerge.merging.plan import OutputFile, Plan, Step, make_plan
 from loramerge.merging.run import Options
 from loramerge.tensors.checkpoint import Checkpoint
@@ -85,6 +85,10 @@ class Minus:
     def keys(self) -> tuple[str, ...]:
         return self.update.keys
 
+    def data(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"kind": self.kind, "update": to_data(self.update)}
+
     def operator(self, read: ReadFactor, weights: Weights) -> Operator | None:
         of, dtype, tally = self.__dict__["_own"]
         made = [update.operator(read, weights) for update in of]
@@ -130,17 +134,10 @@ def plan_subtract(
         UnsupportedError: `unmerge.not-additive`: some tensor was not only added to. MismatchError: `unmerge.adapter`.
     """
     _check_receipt(merged, receipt)
-    shapes = {name: (t.info.dtype, t.info.shape) for name, t in merged.tensors.items()}
-    binding = bind(
-        slots_of(shapes),
-        merged.config,
-        pairs,
-        include=options.include,
-        exclude=options.exclude,
-        allow_unmatched=options.allow_unmatched,
-        base_name=merged.name,
-    )
-    others = [n for n, updates in binding.updates.items() if not all(map(only_adds, updates))]
+    how = options.chosen(len(pairs))
+    binding = bind_checkpoint(merged, pairs, options, receipt=receipt)
+    binding = combined(binding, how, pairs, options.compute_dtype)
+    others = [n for n, updates in binding.updates.items() if not all(map(_adds, updates))]
     odd = [n for n in binding.updates if n in merged.tensors and merged.tensors[n].info.dtype not in CODED]
     refused = [*others, *odd, *binding.replaced, *binding.added, *binding.untied, *binding.grown]
     if refused:
@@ -156,7 +153,10 @@ def plan_subtract(
         )
     tally = Tally()
     updates = {n: binding.updates[n] for n in binding.updates if n in changed}
-    own = {name: (Minus(u[0], tuple(u), shapes[name][0], tally), *_rest(u, tally)) for name, u in updates.items()}
+    own = {
+        name: (Minus(u[0], tuple(u), merged.tensors[name].info.dtype, tally), *_rest(u, tally))
+        for name, u in updates.items()
+    }
     plan = make_plan(
         merged,
         pairs,
@@ -166,6 +166,11 @@ def plan_subtract(
         options=replace(options, dtype="keep", compute_dtype="float64", shard_size=None).recorded(),
     )
     return replace(plan, files=tuple(_with(file, own) for file in plan.files)), tally
+
+
+def _adds(update: Update) -> bool:
+    """Whether what it adds can be computed again without the base."""
+    return not update.looks_at_weights if isinstance(update, Combined) else only_adds(update)
 
 
 def _rest(updates: Sequence[Update], tally: Tally) -> tuple[Minus, ...]:

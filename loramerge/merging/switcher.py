@@ -28,6 +28,7 @@ from loramerge.merging.held import Block, Held, digest, edited, hold_adapters, h
 from loramerge.merging.kernels import COMPUTE_DTYPES, TORCH_DTYPES, NonFinite, change_block
 from loramerge.merging.live import Live, Rows, config_of
 from loramerge.merging.memory import Merging, block_elements, exact_products, overflow, shapes_of
+from loramerge.merging.methods import combined, factor_files
 from loramerge.merging.run import Adapters, Options, open_pairs, weighted
 from loramerge.merging.stream import FactorFile
 from loramerge.merging.undo import CANDIDATES
@@ -38,6 +39,7 @@ JOBS = 8
 OPTIONS = {
     *("compute_dtype", "include", "exclude", "allow_unmatched", "allow_pickle"),
     *("alpha", "enable_lora", "residual_base", "original_base", "grouped_experts"),
+    *("method", "method_options"),
 }
 """Those of `loramerge.merge_tensors`."""
 
@@ -127,7 +129,8 @@ class Switcher:
         Args:
             adapters: a path, an `Adapter`, `{either: weight}`, or a list of either or of pairs.
             options: as for `loramerge.merge_tensors`: `compute_dtype`, `include`, `exclude`, `allow_unmatched`,
-                `allow_pickle`, `alpha`, `enable_lora`, `residual_base`, `original_base`, `grouped_experts`.
+                `allow_pickle`, `alpha`, `enable_lora`, `residual_base`, `original_base`, `grouped_experts`, `method`,
+                `method_options`.
 
         Raises:
             UsageError: `switcher.active` where adapters are applied already.
@@ -203,7 +206,8 @@ class Switcher:
             allow_unmatched=options.allow_unmatched,
             base_name="the model",
         )
-        names = changed_names(binding, [adapter for adapter, _ in request.pairs], live)
+        binding = combined(binding, options.chosen(len(request.pairs)), request.pairs, options.compute_dtype)
+        names = changed_names(binding, factor_files(binding, [adapter for adapter, _ in request.pairs]), live)
         if options.compute_dtype == "float64" and any(live.tensors[name].device.type == "mps" for name in names):
             raise UsageError("usage.device", "mps has no float64", fix="compute_dtype='float32'")
         return _Prepared(request, live, binding, names)
@@ -235,7 +239,7 @@ class Switcher:
             step = Rows(tensor).step
             held[name] = Held(name, how, tensor.dtype, tuple(tensor.shape), step, updates)
             added += updates if how == CANDIDATES else ()
-        adapters = hold_adapters([adapter for adapter, _ in request.pairs], added)
+        adapters = hold_adapters(factor_files(binding, [adapter for adapter, _ in request.pairs]), added)
         applied = _Applied(request, adapters, held)
         change = _Change(live, binding, applied, COMPUTE_DTYPES[request.options.compute_dtype])
         self._applied = applied

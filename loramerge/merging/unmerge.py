@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from loramerge import pickled
 from loramerge.adapters.adapter import Adapter
-from loramerge.binding.bind import bind
 from loramerge.binding.binding import Binding
 from loramerge.binding.families import families
 from loramerge.binding.namespace import Namespace, slots_of
 from loramerge.errors import MismatchError, UnsafeError, UnsupportedError, UsageError
-from loramerge.merging import in_place, recorded, sidefiles
+from loramerge.merging import in_place, methods, onnx, recorded, sidefiles
 from loramerge.merging import receipt as receipts
+from loramerge.merging.bound import bind_checkpoint
 from loramerge.merging.from_base import header_of, index_files, other_base, plan_from_base
-from loramerge.merging.plan import IndexFile, OutputFile, Plan, Step, step_of
+from loramerge.merging.plan import ONE_FILE, IndexFile, OutputFile, Plan, Step, step_of
 from loramerge.merging.run import SPACE_MARGIN, Options, Pathlike, carry_out, jobs_for, open_pairs
 from loramerge.merging.subtract import Tally, plan_subtract
 from loramerge.merging.undo import MAX_INDEX_BYTES, WHOLE, UndoFile, damaged, open_undo, undo_path
-from loramerge.tensors import strictjson
+from loramerge.tensors import mounts, strictjson
 from loramerge.tensors.checkpoint import Checkpoint, Located, is_index, open_checkpoint
 from loramerge.tensors.dtypes import bits
 from loramerge.tensors.hashing import digest_tensor
@@ -73,7 +73,7 @@ def open_merged(path: Pathlike, *, needs_undo: bool, ignore_undo: bool = False, 
     Raises:
         MismatchError: `unmerge.no-receipt`, `unmerge.no-undo`; InputError: either is damaged.
     """
-    checkpoint = open_checkpoint(os.fspath(path))
+    checkpoint = open_checkpoint(os.fspath(path), onnx=True)
     try:
         single = checkpoint.directory is None
         receipt_at = receipts.receipt_path(checkpoint.path, single)
@@ -181,15 +181,8 @@ def plan_switch(merged: Merged, given: Given, options: Options) -> Plan:
     pairs = open_pairs(given, options)
     config = _base_config(merged)
     slots = list(_names(merged, config).slots.values())
-    binding = bind(
-        slots,
-        config,
-        pairs,
-        include=options.include,
-        exclude=options.exclude,
-        allow_unmatched=options.allow_unmatched,
-        base_name=merged.checkpoint.name,
-    )
+    binding = bind_checkpoint(merged.checkpoint, pairs, options, slots=slots, config=config, receipt=merged.receipt)
+    binding = methods.combined(binding, options.chosen(len(pairs)), pairs, options.compute_dtype)
     return _plan(merged, binding, pairs, options)
 
 
@@ -268,7 +261,9 @@ def _arranged(merged: Merged, steps: Mapping[str, Step]) -> tuple[OutputFile, ..
         same = row.header is not None and [(file.stored_name(s), s.dtype, s.shape) for s in file.steps] == row.entries
         source = inputs.get(file.name)
         untouched = source is not None and all(s.verbatim and s.source.file is source for s in file.steps)
-        if same and untouched and source is not None and header_of(source) == row.header:
+        if source is not None and source.header.gaps is not None:
+            made.append(replace(file, frame=source))  # its frame is the base's: a merge leaves it as it is
+        elif same and untouched and source is not None and header_of(source) == row.header:
             made.append(replace(file, whole=source))
         else:
             made.append(file if same else replace(file, header=None))
@@ -409,11 +404,12 @@ def prepare_unmerge(
         given = _open_merged_adapters(merged, adapters, options)
         opened += [adapter.checkpoint for adapter, _ in given]
         pairs = check_adapters(merged.receipt, given, merged.checkpoint.name)
-        single = Path(out).name if Path(out).suffix == ".safetensors" else None
+        single = Path(out).name if Path(out).suffix in ONE_FILE else None
         digests: Mapping[str, str | None] = {}
         tally: Tally | None = None
         if base is not None:
-            source = open_checkpoint(os.fspath(base), read_pickle=pickled.read_header if options.allow_pickle else None)
+            read_pickle = pickled.read_header if options.allow_pickle else None
+            source = open_checkpoint(os.fspath(base), read_pickle=read_pickle, onnx=True)
             opened.append(source)
             plan, digests = plan_from_base(merged.checkpoint, merged.receipt, source, options, single)
             plan = replace(plan, way=BASE)
@@ -484,8 +480,9 @@ def _open_recorded_adapters(merged: Merged, options: Options) -> list[tuple[Adap
     Raises:
         MismatchError: `unmerge.adapter-missing`.
     """
-    given = recorded.adapters_of(merged.receipt, merged.checkpoint.name)
-    if missing := [source for source, _ in given if not os.path.exists(source)]:
+    recorded_pairs = recorded.adapters_of(merged.receipt, merged.checkpoint.name)
+    given = [(mounts.located(source), weight) for source, weight in recorded_pairs]
+    if missing := [str(source) for source, _ in given if not os.path.exists(source)]:
         raise MismatchError(
             "unmerge.adapter-missing",
             f"subtracting needs what was merged into {merged.checkpoint.name}, and {some(missing)} is not there",
@@ -507,25 +504,32 @@ def _replayed(merged: Merged, options: Options) -> Options:
 
 def _placed(plan: Plan, merged: Merged, out: Pathlike, options: Options) -> Plan:
     """Checks the destination, names the output's one file after it, and decides how many workers there are."""
+    plan = replace(plan, recording=options.reversible)
     if options.in_place:
         plan = in_place.arranged(plan, merged.checkpoint, options)
         return replace(plan, jobs=jobs_for(plan, options))
     destination, single = Path(out), merged.checkpoint.directory is None
-    one_file = destination.suffix == ".safetensors"
+    one_file = destination.suffix in ONE_FILE
+    onnx.check_output(plan.base, destination)
     if plan.way == BASE:
         if one_file and plan.base.components:
             raise UsageError("usage.pipeline", f"{plan.base.name} is a pipeline, no single file", fix="-o DIRECTORY")
     elif single != one_file:
         what = "is one file" if single else "is a directory"
-        fix = "-o NAME.safetensors" if single else "-o DIRECTORY"
+        fix = f"-o NAME{merged.checkpoint.path.suffix}" if single else "-o DIRECTORY"
         raise UsageError("usage.output", f"{merged.checkpoint.name} {what}, and so is what comes of it", fix=fix)
     sources = [merged.checkpoint.path, plan.base.path]
     inputs = [*sources, *(f for path in sources for f in input_folders(path)), *(a.path for a, _ in plan.adapters)]
     check_destination(destination, inputs=inputs, force=options.force, what="file" if one_file else "directory")
     check_space(destination, plan.bytes_written + SPACE_MARGIN)
     if one_file:
-        plan = replace(plan, files=tuple(replace(file, name=destination.name) for file in plan.files))
+        plan = replace(plan, files=tuple(replace(f, name=_single_name(f, destination.name)) for f in plan.files))
     return replace(plan, jobs=jobs_for(plan, options))
+
+
+def _single_name(file: OutputFile, name: str) -> str:
+    """What a file of an output of one file is called: external data as the graph says."""
+    return file.name if file.frame is not None and file.frame.kind != "onnx" else name
 
 
 def check_results(

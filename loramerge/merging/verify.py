@@ -15,7 +15,7 @@ from loramerge.merging import recorded, unmerge
 from loramerge.merging.plan import OutputFile, Plan
 from loramerge.merging.run import Adapters, Options, Pathlike, jobs_for, plan_tensors, weighted
 from loramerge.merging.undo import undo_path
-from loramerge.tensors.checkpoint import open_checkpoint
+from loramerge.tensors.checkpoint import WeightFile, open_checkpoint
 from loramerge.tensors.dtypes import bits
 from loramerge.tensors.hashing import block_digest, digest_tensor, sha256_file
 from loramerge.tensors.interrupted import refuse_interrupted
@@ -55,10 +55,12 @@ def verify(
         files.append(_check_side_file(folder, {**data["undo"], "name": name}))
     found: dict[str, str | None] = {}
     quiet = base is not None or undo
-    for row in data["files"]:
-        name = path.name if single else _name(row, where)
-        files.append(_digest_file(folder, name, row, tensors, found, jobs or 2, None if quiet else progress))
+    for name, opened, row in _weight_files(path, single, data["files"], where):
+        files.append(_digest_file(folder, name, opened, row, found, jobs or 2, None if quiet else progress))
     expected = {name: row.get("digest") for name, row in tensors.items()}
+    sources = _sources(data)
+    if sources:  # of an export: its files are checked as a whole, and with them what they were made of
+        expected, found = dict(sources), dict(sources)
     differ = [name for name, digest in expected.items() if digest is not None and found.get(name) != digest]
     differ += [name for name in found if name not in expected]
     if base is not None:
@@ -69,7 +71,8 @@ def verify(
             given = recorded.adapters_of(data, where) if adapters is None else adapters
             digests = _replay(base, given, options, path.name if single else None, None if undo else progress)
         differ += [n for n in expected if n not in differ and digests.get(n) != found.get(n)]
-        differ += [n for n in digests if n not in expected and n not in differ]
+        if not sources:
+            differ += [n for n in digests if n not in expected and n not in differ]
     back = _bring_back(path, jobs, progress) if undo else None
     return {
         "schema": 1,
@@ -83,6 +86,19 @@ def verify(
         "replayed": base is not None,
         "undo": back,
     }
+
+
+def _sources(receipt: Mapping[str, Any]) -> dict[str, str | None]:
+    """The tensors that the weights of an export were made of, and their digests."""
+    rows = receipt.get("weights")
+    if not isinstance(rows, dict):
+        return {}
+    found: dict[str, str | None] = {}
+    for row in rows.values():
+        made_of = row.get("from") if isinstance(row, dict) else None
+        if isinstance(made_of, dict):
+            found |= {str(name): str(digest) for name, digest in made_of.items()}
+    return found
 
 
 def _check_has_undo(path: Path, single: bool) -> None:
@@ -105,6 +121,25 @@ def _name(row: Any, where: str) -> str:
     return name
 
 
+def _weight_files(
+    path: Path, single: bool, rows: list[dict[str, Any]], where: str
+) -> list[tuple[str, WeightFile | None, dict[str, Any]]]:
+    """Weight files that a receipt lists: where each is now, what its format says of it if it is ONNX, and its row.
+
+    A single file may have another name by now; external data may not.
+    """
+    if not any("kind" in row for row in rows):
+        return [(path.name if single else _name(row, where), None, row) for row in rows]
+    opened = open_checkpoint(str(path), onnx=True)
+    opened.close()  # its headers are what is wanted
+    files = {file.name: file for file in opened.files}
+    found = []
+    for row in rows:
+        name = path.name if single and row.get("kind") == "onnx" else _name(row, where)
+        found.append((name, files.get(name), row))
+    return found
+
+
 def _check_side_file(folder: Path, row: Any) -> dict[str, Any]:
     name = _name(row, str(folder))
     try:
@@ -117,8 +152,8 @@ def _check_side_file(folder: Path, row: Any) -> dict[str, Any]:
 def _digest_file(
     folder: Path,
     name: str,
+    opened: WeightFile | None,
     row: Mapping[str, Any],
-    tensors: Mapping[str, Mapping[str, Any]],
     found: dict[str, str | None],
     jobs: int,
     progress: Progress | None,
@@ -128,7 +163,7 @@ def _digest_file(
     inside = f"{component}/" if isinstance(component, str) and component else ""
     try:
         source = FileSource(folder / name, str(folder / name))
-        header = read_header(source)
+        header = read_header(source) if opened is None else opened.header
     except InputError as error:
         return {"name": name, "ok": False, "why": error.message}
     with ThreadPoolExecutor(jobs) as pool:
@@ -148,7 +183,7 @@ def _digest_file(
 def _header_differs(source: FileSource, header: Header, row: Mapping[str, Any]) -> str:
     if source.size != row.get("size"):
         return f"has {source.size} bytes, the receipt says {row.get('size')}"
-    if block_digest(source.read(0, header.data_start)).hex() != row.get("header"):
+    if block_digest(WeightFile("", source, header, "").frame).hex() != row.get("header"):
         return "has another header"
     return ""
 
@@ -176,7 +211,7 @@ def _replay(
 def _digests_of(base: Pathlike, options: Options, progress: Progress | None) -> dict[str, str | None]:
     """The digests of all tensors of a checkpoint."""
     read_pickle = pickled.read_header if options.allow_pickle else None
-    checkpoint = open_checkpoint(os.fspath(base), read_pickle=read_pickle)
+    checkpoint = open_checkpoint(os.fspath(base), read_pickle=read_pickle, onnx=True)
     done, digests = 0, {}
     try:
         for name, located in checkpoint.tensors.items():

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loramerge.errors import InputError, MismatchError, UnsafeError, UnsupportedError
-from loramerge.tensors import gguf, magic, pipeline, safetensors, shards, strictjson
+from loramerge.tensors import gguf, magic, mounts, onnx_file, pipeline, safetensors, shards, strictjson
 from loramerge.tensors.interrupted import refuse_interrupted
+from loramerge.tensors.onnx_graph import Model
 from loramerge.tensors.safetensors import Header, TensorInfo
 from loramerge.tensors.source import ByteSource, FileSource, stat_file, unreadable
 from loramerge.tensors.text import quoted, some
 
-PickleReader = Callable[[FileSource], Header]
+PickleReader = Callable[[ByteSource], Header]
 """Reads the header of a PyTorch file: `loramerge.pickled.read_header`, or None where that is not allowed."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -30,6 +31,7 @@ _COMPONENTS = ("transformer", "unet", "prior", "decoder")
 
 # Where a directory holds several files of weights, the first of these is the one that loaders take.
 _USUAL = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_USUAL_ONNX = ("model.onnx",)
 _USUAL_PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 
 # `model.safetensors.index.json`, or `model.safetensors.index.fp16.json` for the variant fp16.
@@ -47,8 +49,17 @@ class WeightFile:
     name: str
     source: ByteSource
     header: Header
-    kind: str  # "safetensors", "pickle" or "gguf"
+    kind: str  # "safetensors", "pickle", "gguf", "onnx" (a graph, with what weights it holds) or "onnx-data"
     component: str = ""
+    sha256: str | None = None
+    """Of the whole file, where that is known before it is read."""
+
+    @property
+    def frame(self) -> bytes:
+        """The bytes that are no tensor's: the header, or those of all gaps."""
+        if self.header.gaps is None:
+            return self.source.read(0, self.header.data_start)
+        return b"".join(self.source.read(begin, end - begin) for begin, end in self.header.gaps)
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,10 @@ class Checkpoint:
     index_name: str | None
     config: dict[str, Any] | None
     components: tuple[Component, ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """Where it comes from, where that is not only a path: `repo`, `commit`."""
+    onnx: Model | None = None
+    """The graph, where it is an ONNX model."""
 
     @property
     def models(self) -> tuple[Component, ...]:
@@ -115,6 +130,7 @@ def open_checkpoint(
     *,
     read_pickle: PickleReader | None = None,
     weight_names: Sequence[str] | None = None,
+    onnx: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint, a directory or a single file, and read its headers.
 
@@ -122,23 +138,33 @@ def open_checkpoint(
         path: what the user typed.
         read_pickle: reader for PyTorch files; None refuses them.
         weight_names: look for these file names only, the first that exists (for adapter directories).
+        onnx: an ONNX model will do, whose tensors have the names and shapes of the graph and not of modules.
 
     Raises:
         InputError: ``input.*`` (``input.interrupted``: it is being rewritten in place, or such a run was
             interrupted), ``safetensors.*``, ``index.*``, ``config.invalid``,
             ``checkpoint.no-weights``, ``checkpoint.ambiguous``, ``pipeline.*``; UnsafeError: ``pickle.refused``,
             ``index.unsafe-name``, ``pipeline.unsafe-name``; MismatchError: ``base.is-adapter``; UnsupportedError:
-            ``base.pipeline``: a pipeline whose index names no weights.
+            ``base.pipeline``: a pipeline whose index names no weights; ``base.onnx``.
     """
-    name = str(path)
-    if not name:
+    if not str(path):
         raise InputError("input.missing", "the path is empty", fix="give a file or a directory", file="''")
-    path = Path(path)
-    stat_file(path, name)
+    name, path = mounts.shown(path), Path(path)
+    if not mounts.exists(path) or mounts.mounted(path) is None:
+        stat_file(path, name)
     if weight_names is None and path.is_dir() and pipeline.is_pipeline(path):
         refuse_interrupted(path, name)
         return _open_pipeline(path, name, read_pickle)
-    return _open_model(path, name, read_pickle, weight_names)
+    opened = _open_model(path, name, read_pickle, weight_names)
+    if opened.onnx is not None and not onnx:
+        opened.close()
+        raise UnsupportedError(
+            "base.onnx",
+            "is an ONNX model, whose tensors have the names and shapes of its graph, not those of modules",
+            fix="give the checkpoint that it was exported from",
+            file=name,
+        )
+    return opened
 
 
 def _open_pipeline(path: Path, name: str, read_pickle: PickleReader | None) -> Checkpoint:
@@ -170,6 +196,7 @@ def _open_pipeline(path: Path, name: str, read_pickle: PickleReader | None) -> C
         index_name=None,
         config=None,
         components=tuple(components),
+        origin=_origin(path),
     )
 
 
@@ -180,11 +207,12 @@ def _holds_weights(folder: Path, where: str) -> bool:
         InputError: `pipeline.missing-weights` for a model whose weights are not there.
     """
     try:
-        _choose(folder, where, None)
+        if _choose(folder, where, None)[0].endswith(".onnx"):  # no pipeline of these is merged
+            raise _no_weights(_listdir(folder, where), where, "holds no weights")
     except InputError as error:
         if error.code != "checkpoint.no-weights":
             raise
-        if pipeline.is_model_without_weights(folder):
+        if pipeline.is_model_without_weights(_listdir(folder, where)):
             fix = "download its weights as well, in safetensors format"
             raise InputError("pipeline.missing-weights", error.message, fix=fix, file=where) from None
         return False
@@ -211,8 +239,12 @@ def _open_model(
     directory = path if path.is_dir() else None
     config_directory = path.parent if path.name == "model.safetensors" else directory
     index: shards.Index | None = None
+    graph: Model | None = None
     with contextlib.ExitStack() as on_failure:
-        if directory is None:
+        if directory is None and path.suffix == ".onnx":
+            config_directory = path.parent
+            graph, files = _open_onnx(path, path.name, name, on_failure)
+        elif directory is None:
             files = [_open_file(path, path.name, name, read_pickle, on_failure)]
         else:
             choice, single = _choose(directory, name, weight_names)
@@ -225,6 +257,9 @@ def _open_model(
                 files = _open_shards(directory, name, index, read_pickle, on_failure)
                 if single is not None and single not in index.files:
                     _check_same(directory, name, index, single, read_pickle)
+            elif choice.endswith(".onnx"):
+                where = os.path.join(name, choice)
+                graph, files = _open_onnx(directory / choice, choice, where, on_failure)
             else:
                 where = os.path.join(name, choice)
                 files = [_open_file(directory / choice, choice, where, read_pickle, on_failure)]
@@ -239,28 +274,67 @@ def _open_model(
         index=None if index is None else index.metadata,
         index_name=None if index is None else index.name,
         config=config,
+        origin=_origin(path),
+        onnx=graph,
     )
+
+
+def _open_onnx(path: Path, name: str, where: str, on_failure: contextlib.ExitStack) -> tuple[Model, list[WeightFile]]:
+    """An ONNX model: its graph, and the files that its weights lie in, the graph's own first."""
+
+    def opener(path: Path, where: str) -> ByteSource:
+        source, _ = _source(path, where)
+        on_failure.callback(source.close)
+        return source
+
+    source = opener(path, where)
+    kind = magic.identify(source.read(0, min(source.size, magic.PREFIX_BYTES)), source.size)
+    if kind not in ("onnx", "unknown"):
+        what, fix = magic.describe(kind)
+        raise InputError("input.format", f"is {what}, not an ONNX model", fix=fix, file=where)
+    graph, parts = onnx_file.open_parts(path, where, source, opener)
+    folder = name.rpartition("/")[0]
+    inside = f"{folder}/" if folder else ""
+    return graph, [
+        WeightFile(inside + location if location else name, opened, header, "onnx-data" if location else "onnx")
+        for location, (opened, header) in parts.items()
+    ]
+
+
+def _origin(path: Path) -> Mapping[str, str]:
+    found = mounts.mounted(path)
+    return {} if found is None else found.origin
 
 
 def _open_file(
     path: Path, name: str, where: str, read_pickle: PickleReader | None, on_failure: contextlib.ExitStack
 ) -> WeightFile:
-    source = FileSource(path, where)
+    source, sha256 = _source(path, where)
     on_failure.callback(source.close)
     kind = magic.identify(source.read(0, min(source.size, magic.PREFIX_BYTES)), source.size)
     lower = name.lower()
     if kind in ("zip", "pickle") and not lower.endswith(".safetensors"):
         if read_pickle is None:
             raise _pickle_refused(where)
-        return WeightFile(name, source, read_pickle(source), "pickle")
+        return WeightFile(name, source, read_pickle(source), "pickle", sha256=sha256)
     if kind == "safetensors" and lower.endswith(PICKLE_SUFFIXES):
         what, fix = magic.describe(kind)
         raise InputError("input.format", f"is {what} under the name of a PyTorch file", fix=fix, file=where)
     if kind == "gguf":
         header, decoded = gguf.read_header(source)
         if header.metadata.get("general.type") == "adapter":
-            return WeightFile(name, decoded, header, "gguf")
-    return WeightFile(name, source, safetensors.read_header(source), "safetensors")
+            return WeightFile(name, decoded, header, "gguf", sha256=sha256)
+    return WeightFile(name, source, safetensors.read_header(source), "safetensors", sha256=sha256)
+
+
+def _source(path: Path, where: str) -> tuple[ByteSource, str | None]:
+    """A file as a source of bytes, and its SHA-256 where that is known."""
+    found = mounts.mounted(path)
+    if found is None:
+        return FileSource(path, where), None
+    at = Path(os.path.abspath(path))
+    opener = found.openers.get(at)
+    return (FileSource(path, where) if opener is None else opener(where)), found.digests.get(at)
 
 
 def _open_shards(
@@ -316,6 +390,8 @@ def _choose(directory: Path, where: str, weight_names: Sequence[str] | None) -> 
         chosen = next((u for u in usual if u in files), None) or _one(indexes, [], where) or _one(files, usual, where)
         if chosen is not None:
             return chosen, None
+    if (model := _onnx_model(directory, names, where)) is not None:
+        return model, None
     adapters = [name for name in names if name.startswith(_ADAPTERS) and not name.endswith(".json")]
     if adapters or "adapter_config.json" in names:
         message = "is an adapter, not a base checkpoint; are the arguments swapped?"
@@ -323,9 +399,22 @@ def _choose(directory: Path, where: str, weight_names: Sequence[str] | None) -> 
     raise _no_weights(names, where, "holds no weights")
 
 
+def _onnx_model(directory: Path, names: Sequence[str], where: str) -> str | None:
+    """The ONNX model of a directory that holds no other weights: its own, or that in a folder of the usual name."""
+    if (chosen := _one([n for n in names if n.endswith(".onnx")], _USUAL_ONNX, where)) is not None:
+        return chosen
+    if "onnx" not in names or not (directory / "onnx").is_dir():
+        return None
+    inside = os.path.join(where, "onnx")
+    chosen = _one([n for n in _listdir(directory / "onnx", inside) if n.endswith(".onnx")], _USUAL_ONNX, inside)
+    return None if chosen is None else f"onnx/{chosen}"
+
+
 def _listdir(directory: Path, where: str) -> list[str]:
+    found = mounts.mounted(directory)
+    elsewhere = [] if found is None else found.names_in(Path(os.path.abspath(directory)))
     try:
-        return sorted(os.listdir(directory))
+        return sorted({*os.listdir(directory), *elsewhere})
     except OSError as error:
         raise unreadable(error, where) from None
 

@@ -18,16 +18,25 @@ INDEX = "index.json"
 MAX_INDEX_BYTES = 1 << 30
 
 
+def beside(model: Path, name: str) -> Path:
+    """What lies beside a single file: `x.loramerge.json` for `x.safetensors`, `x.onnx.loramerge.json` for `x.onnx`.
+
+    An ONNX model keeps its suffix there: the checkpoint that it was made from often has the same name.
+    """
+    return model.with_name(f"{model.name if model.suffix == '.onnx' else model.stem}.{name}")
+
+
 def journal_path(model: Path, single_file: bool) -> Path:
     """Where the journal of a model lies: inside a directory, beside a single file."""
-    return model.with_name(f"{model.stem}.{NAME}") if single_file else model / NAME
+    return beside(model, NAME) if single_file else model / NAME
 
 
 def model_of(journal: Path) -> Path:
     """The model whose journal this is."""
     if journal.name == NAME:
         return journal.parent
-    return journal.with_name(journal.name.removesuffix(f".{NAME}") + ".safetensors")
+    stem = journal.name.removesuffix(f".{NAME}")
+    return journal.with_name(stem if stem.endswith(".onnx") else f"{stem}.safetensors")
 
 
 def journals(path: Path) -> list[Path]:

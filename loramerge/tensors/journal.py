@@ -339,6 +339,9 @@ def recover(model: Path) -> list[Recovered]:
     return done
 
 
+_NO_WEIGHTS = (".json", ".txt", ".model", ".py", ".undo")
+
+
 def read_journal(journal: Path) -> Changes:
     """The index of a journal, checked.
 
@@ -370,7 +373,7 @@ def read_journal(journal: Path) -> Changes:
         )
         remove = tuple(_name(name, where) for name in index["remove"])
         for target in targets:
-            if not target.name.endswith(".safetensors"):
+            if target.name.endswith(_NO_WEIGHTS):  # external data of ONNX may be called anything else
                 raise ValueError(f"{target.name} is no weight file")
             if any(r.offset + r.length > target.size for r in target.ranges):
                 raise ValueError(f"a range lies outside of {target.name}")

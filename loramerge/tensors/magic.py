@@ -28,7 +28,7 @@ _DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "npy": ("a NumPy array file", "save the arrays by name with safetensors.numpy.save_file"),
     "json": ("a JSON text file", "give the weights file; for an index, the directory that it lies in"),
     "empty": ("empty; was the download incomplete?", "download it again"),
-    "onnx": ("an ONNX model", "use the safetensors checkpoint that it was exported from"),
+    "onnx": ("an ONNX model", "give it a name that ends in .onnx, or the checkpoint that it was exported from"),
     "unknown": ("of no known format", "give a .safetensors file, or download it again"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,15 +89,14 @@ def _check_folder(directory: Path, name: str, where: str) -> None:
         raise UnsafeError("pipeline.unsafe-name", f"component {quoted(name)} {reason}", fix=fix, file=where)
 
 
-def is_model_without_weights(folder: Path) -> bool:
-    """Whether a folder without weights that can be read should hold some.
+def is_model_without_weights(names: Sequence[str]) -> bool:
+    """Whether a folder without weights that can be read, of which these are the files, should hold some.
 
     It does if it has weights of another format, or a model's config and none of what goes without weights.
 
     Schedulers, tokenizers and processors have a config named after what they are; some tokenizers come with a copy of
     their model's `config.json`.
     """
-    names = os.listdir(folder)
     if any(name.endswith(_OTHER_FORMATS) for name in names):
         return True
     other = [n for n in names if n.endswith("_config.json") and n != "generation_config.json"]

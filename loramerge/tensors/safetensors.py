@@ -52,13 +52,15 @@ class TensorInfo:
 class Header:
     """What a weight file says about itself.
 
-    `tensors` goes by offset, then name; `data_start` is where tensor data begins, `size` the file's size.
+    `tensors` goes by offset, then name; `data_start` is where tensor data begins, `size` the file's size. `gaps`: the
+    ranges of bytes that are no tensor's, where they are not just those before `data_start`.
     """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     data_start: int
     size: int
+    gaps: tuple[tuple[int, int], ...] | None = None
 
 
 def read_header(source: ByteSource) -> Header:

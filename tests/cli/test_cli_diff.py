@@ -28,13 +28,13 @@ def other(base: Path, tmp_path: Path) -> Path:
 
 
 def test_equal_is_exit_0_and_one_line(cli: Run, base: Path) -> None:
-    done = cli("diff", "base", "base/model.safetensors")
+    done = cli("diff", "base", "base/model.safetensors", "--no-progress")
     assert (done.returncode, done.stdout, done.stderr) == (0, "equal: 14 tensors\n", "")
     assert cli("diff", "base", "base", "-q").stdout == "equal\n"
 
 
 def test_every_way_to_differ_is_told(cli: Run, base: Path, other: Path) -> None:
-    done = cli("diff", "base", "other.safetensors")
+    done = cli("diff", "base", "other.safetensors", "--no-progress")
     assert (done.returncode, done.stderr) == (1, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "equal: 10 tensors"
@@ -49,7 +49,7 @@ def test_every_way_to_differ_is_told(cli: Run, base: Path, other: Path) -> None:
 
 
 def test_json_and_one_word(cli: Run, base: Path, other: Path) -> None:
-    done = cli("diff", "base", "other.safetensors", "--json")
+    done = cli("diff", "base", "other.safetensors", "--json", "--no-progress")
     data = json.loads(done.stdout)
     assert (done.returncode, done.stderr, data["schema"], data["same"]) == (1, "", 1, False)
     assert data["counts"] == {"equal": 10, "changed": 1, "dtype": 1, "shape": 1, "only_a": 1, "only_b": 1}

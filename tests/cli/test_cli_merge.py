@@ -305,7 +305,7 @@ def test_verify_finds_one_flipped_bit(merged: Path, capsys: Any) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    code, out, err = run(capsys, "verify", "m")
+    code, out, err = run(capsys, "verify", "m", "--no-progress")
     assert code == 1 and err == "" and out.startswith("differs: 13/14 tensors") and len(out.splitlines()) == 2
     assert run(capsys, "verify", "m", "-q") == (1, "differs\n", "")
     code, data = document(capsys, "verify", "m")
