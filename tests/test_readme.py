@@ -9,13 +9,17 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
-from safetensors.torch import save_file
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load_file, save_file
 
 from loramerge import demo
+from tests.hub.server import TOKEN, Hub
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -73,22 +77,55 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run(make, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     example = runpy.run_path(str(ROOT / "examples" / "own_dialect.py"))
     example["write_acme"](str(here / "base"), str(here / "acme.safetensors"))
+    write_onnx(here / "base", here / "deployed.onnx")
+    (here / "recipe.toml").write_text(*blocks("toml"))
     return here
+
+
+def write_onnx(base: Path, path: Path) -> None:
+    """A graph with all the base's linear weights under their names, each used by a node of its own."""
+    nodes, weights, inputs, outputs = [], [], [], []
+    for file in sorted(base.glob("*.safetensors")):
+        for name, weight in load_file(file).items():
+            if weight.dim() == 2 and "proj" in name:
+                out, width = weight.shape
+                weights.append(numpy_helper.from_array(weight.float().numpy(), name))
+                nodes.append(helper.make_node("Gemm", [f"{name}.x", name], [f"{name}.y"], transB=1))
+                inputs.append(helper.make_tensor_value_info(f"{name}.x", TensorProto.FLOAT, [1, width]))
+                outputs.append(helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, [1, out]))
+    graph = helper.make_graph(nodes, "linears", inputs, outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+@pytest.fixture(scope="module")
+def hub(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a Hub that has what the README names."""
+    with Hub(tmp_path_factory.mktemp("hub")) as hub:
+        for repo, source in (("meta-llama/Llama-3.2-1B", "base"), ("acme/style-lora", "style")):
+            files = {path.name: path for path in sorted((folder / source).iterdir())}
+            commit = hub.add(repo, files)
+            hub.repo(repo).tags["v2"] = commit
+        hub.tokens = {TOKEN: "you"}
+        yield hub.env(tmp_path_factory.mktemp("home"), TOKEN)
 
 
 def test_the_readme_has_commands() -> None:
     verbs = {words(c)[1][0] for c in commands()}
     assert verbs == {
         "merge", "unmerge", "switch", "recover", "convert", "verify", "inspect", "diff", "doctor", "demo",
+        "combine", "resize", "extract", "analyze", "export", "pull", "push", "build", "lock",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command_of_the_readme(command: str, folder: Path) -> None:
+def test_command_of_the_readme(command: str, folder: Path, hub: dict[str, str]) -> None:
     variables, arguments = words(command)
     if "-o" in arguments and (folder / arguments[1 + arguments.index("-o")]).exists():
         arguments.append("--force")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    if arguments[0] == "build" and "--locked" in arguments:
+        make = [sys.executable, "-m", "loramerge", "build", "recipe.toml", "-q"]
+        subprocess.run(make, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    environment = {**os.environ, **hub, "PYTHONPATH": str(ROOT), **variables}
     program = [sys.executable, "-m", "loramerge", *arguments]
     done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
     expected = 1 if arguments[0] == "diff" else 0  # a merged model differs from its base
