@@ -265,7 +265,7 @@ def _find(
 
 
 def _way(update: Delta, grid: Grid, slack: int) -> int:
-    return FIXED if update.fixed and grid.mantissa < 23 and not slack else GUARDED
+    return FIXED if update.moved is not None and grid.mantissa < 23 and not slack else GUARDED
 
 
 def _moved(
@@ -275,6 +275,7 @@ def _moved(
     bits = bits_in(m, grid)
     room = Room(grid, nearest)
     yield nothing(m, grid)
+    assert update.moved is not None
     for at, x in update.moved(m):
         here = room.of(at, x.size)
         here.copy_(torch.from_numpy(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,8 +45,7 @@ class Delta(Protocol):
     """The update d of n elements.
 
     `largest`: at least the largest |d|. In float64, d is off by less than 2**-45 of that or 2**-37 of |d|, whoever
-    computes it. `relative` and `error`: what `back` may be off by; 0 where d is in float64. `fixed`: whether there is a
-    `moved`.
+    computes it. `relative` and `error`: what `back` may be off by; 0 where d is in float64.
     """
 
     @property
@@ -57,9 +56,6 @@ class Delta(Protocol):
 
     @property
     def relative(self) -> float: ...
-
-    @property
-    def fixed(self) -> bool: ...
 
     @property
     def error(self) -> float: ...
@@ -74,8 +70,10 @@ class Delta(Protocol):
         and of the difference.
         """
 
-    def moved(self, M: Tensor) -> Iterator[tuple[int, Array]]:
-        """As `back`, but the same numbers bit for bit, whoever computes them; see `fixed.py`."""
+    @property
+    def moved(self) -> Callable[[Tensor], Iterator[tuple[int, Array]]] | None:
+        """As `back`, but the same numbers bit for bit, whoever computes them (`fixed.py`); None where there is no such
+        update."""
 
     def exact(self, index: Array) -> Array:
         """The elements `index` (k,) in float64."""
@@ -88,7 +86,7 @@ class Given:
     """An update that is in memory, as (n,) float64."""
 
     relative = error = 0.0
-    fixed = False
+    moved = None
 
     def __init__(self, d: Tensor) -> None:
         if d.dtype != torch.float64:
@@ -103,9 +101,6 @@ class Given:
 
     def back(self, M: Tensor) -> Iterator[tuple[int, Array]]:
         return _back(self, M)
-
-    def moved(self, M: Tensor) -> Iterator[tuple[int, Array]]:
-        raise NotImplementedError
 
     def exact(self, index: Array) -> Array:
         return np.asarray(self._d[index])
@@ -243,7 +238,7 @@ class _InChunks:
     cols: int
     largest: float
     doubled: bool = False
-    fixed = False
+    moved = None
 
     @property
     def single(self) -> bool:
@@ -264,9 +259,6 @@ class _InChunks:
         for at in range(0, self.size, step):
             count = min(step, self.size - at)
             yield at, self.deltas.sum(self.made.operators, self.first + at, count, torch.float64).numpy()
-
-    def moved(self, M: Tensor) -> Iterator[tuple[int, Array]]:
-        raise NotImplementedError
 
     def back(self, M: Tensor) -> Iterator[tuple[int, Array]]:
         if not self.single or self.made.minus is None:
@@ -303,7 +295,6 @@ class _Fixed:
     first: int
     size: int
     cols: int
-    fixed = True
 
     @cached_property
     def guarded(self) -> Delta:

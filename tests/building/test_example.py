@@ -77,4 +77,4 @@ def test_the_image_copies_what_is_there_or_comes_out() -> None:
     copied = [line.split()[1:] for line in lines if line.startswith("COPY")]
     assert ["recipe.toml", "recipe.lock", "./"] in copied
     outputs = re.findall(r'path = "([^"]+)"', (EXAMPLE / "recipe.toml").read_text())
-    assert any(words[1] == f"/work/{outputs[0]}" for words in copied if words[0] == "--from=build")
+    assert any(words[1] == f"/model-build/{outputs[0]}" for words in copied if words[0] == "--from=build")
