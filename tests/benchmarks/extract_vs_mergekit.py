@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -110,7 +111,9 @@ def timed(command: Sequence[str], environment: Mapping[str, str]) -> Run:
     wall = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode(errors='replace')[-2000:]}")
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
+    # A child's peak starts at that of its parent, which made the checkpoints: below it nothing is known.
+    known = usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9 if known else math.nan)
 
 
 def middle(runs: Sequence[Run]) -> Run:
