@@ -125,7 +125,7 @@ def test_command_of_the_readme(command: str, folder: Path, hub: dict[str, str]) 
     if arguments[0] == "build" and "--locked" in arguments:
         make = [sys.executable, "-m", "loramerge", "build", "recipe.toml", "-q"]
         subprocess.run(make, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    environment = {**os.environ, **hub, "PYTHONPATH": str(ROOT), **variables}
+    environment = {**hub, "PYTHONPATH": str(ROOT), **variables}  # the Hub's has none of the variables of others
     program = [sys.executable, "-m", "loramerge", *arguments]
     done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
     expected = 1 if arguments[0] == "diff" else 0  # a merged model differs from its base
