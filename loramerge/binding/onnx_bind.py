@@ -126,8 +126,8 @@ def _only_in(slots: Sequence[Slot], params: Mapping[str, Param]) -> list[Slot]:
 def _folded(model: Checkpoint, uses: Mapping[str, Sequence[Use]], changed: Iterable[str]) -> list[str]:
     """Notes on constants that exporters computed when they folded: from weights that change now, for all one can see.
 
-    A batch of matrices without a module's name, multiplied with in a module around one that changes, as in models
-    that project a table of positions.
+    A batch of matrices without a module's name, multiplied with in a module around one that changes, or where the graph
+    does not say in which, as in models that project a table of positions.
     """
     around = {path.rpartition(".")[0] for path in changed} - {""}
     odd = sorted(
@@ -137,7 +137,8 @@ def _folded(model: Checkpoint, uses: Mapping[str, Sequence[Use]], changed: Itera
         and len(model.tensors[key].info.shape) > 2
         and "." not in key
         and is_float(model.tensors[key].info.dtype)
-        and any(use.op == "MatMul" and use.path in around for use in own)
+        and min(model.tensors[key].info.shape[-2:]) > 1  # frequencies of positions are a batch of vectors
+        and any(use.op == "MatMul" and (not use.path or use.path in around) for use in own)
     )
     if not odd:
         return []

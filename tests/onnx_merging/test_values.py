@@ -171,3 +171,21 @@ def test_places_in_a_receipt_are_checked(tmp_path: Path) -> None:
         data["sites"][name]["sites"][0][0][6] = wrong
         at.write_text(json.dumps(data))
         refused("receipt.invalid", lm.switch, tmp_path / "out.onnx", adapter, out=tmp_path / "s.onnx")
+
+
+def test_a_constant_that_may_be_folded_from_weights_is_told_where_no_scope_says_whose_it_is(tmp_path: Path) -> None:
+    """An optimising exporter multiplies weights with one another; vectors of frequencies are no such thing."""
+    table, vectors = g.numbers(2, 2, 6, 4), g.numbers(3, 2, 6, 1)
+    nodes = [
+        g.linear("", "x", "a", "q"),
+        helper.make_node("MatMul", ["q", "folded"], ["scores"]),
+        helper.make_node("MatMul", ["q", "inv_freq"], ["angles"]),
+        helper.make_node("Add", ["scores", "angles"], ["y"]),
+    ]
+    stored = [g.tensor("a", Q.T), g.tensor("folded", table), g.tensor("inv_freq", vectors)]
+    base = g.save(g.model(nodes, stored, {"x": [4, 5]}, rank=3), tmp_path / "base" / "m.onnx")
+    checkpoint = g.checkpoint(tmp_path / "ckpt", {"h.0.q.weight": Q})
+    adapter = g.lora(tmp_path / "lora", {"h.0.q": g.factors(4, 6, 5, 2)})
+    receipt = lm.merge(base, adapter, tmp_path / "out.onnx", checkpoint=checkpoint)
+    told = [note for note in receipt.notes if "may have been computed from weights" in note]
+    assert len(told) == 1 and "folded" in told[0] and "inv_freq" not in told[0]
