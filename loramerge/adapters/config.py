@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,8 +244,3 @@ def _numbers(value: Any, ours: str, dialect: Dialect, where: str) -> dict[str, f
         raise InputError("adapter.config", f"{name} is not an object", file=where)
     low = 1 if ours == "rank-pattern" else 0
     return {k: number(v, f"{name}[{quoted(k)}]", low, where) for k, v in value.items()}
-
-
-def names_of_configs() -> Iterator[str]:
-    """File names of configs, over all dialects."""
-    return (d.detect["config"] for d in dialects() if "config" in d.detect)

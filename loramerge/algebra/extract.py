@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from loramerge.algebra.krylov import CHUNK, HOLD, Delta, Krylov, Operator, Probes, Ritz, thin_gram
+from loramerge.algebra.threads import one_thread
 
 __all__ = ["Delta", "Extraction", "extract"]
 
@@ -176,7 +175,7 @@ def extract(
         ValueError: NaN or infinity in D, or arguments that make no sense.
     """
     _check(rank, energy, floor, tolerance)
-    with torch.no_grad(), _one_thread():
+    with torch.no_grad(), one_thread():
         operator = Operator(delta, device, hold)
         if operator.norm2 == 0 or rank == 0:
             return _nothing(operator, dtype)
@@ -185,17 +184,6 @@ def extract(
         rule = _Rule(short if rank is None else min(rank, short), energy, max(noise2, (2 * _EPS) ** 2))
         found = _by_krylov(operator, rule, tolerance, seed, module) or _by_gram(operator, rule)
         return _finish(operator, found, dtype)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for BLAS and LAPACK: how they divide a product among several changes its last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check(rank: int | None, energy: float | None, floor: float, tolerance: float) -> None:

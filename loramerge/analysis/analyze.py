@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from loramerge.adapters.adapter import Adapter
 from loramerge.adapters.opening import open_adapter
+from loramerge.algebra.threads import cores
 from loramerge.analysis import against, collisions
 from loramerge.analysis.collisions import Overlap
 from loramerge.analysis.report import report
@@ -174,7 +174,7 @@ def _measure(
     found: Found, weights: Sequence[float], options: Options, sums: _Sums, progress: Progress | None
 ) -> list[dict[str, Any]]:
     """One row a unit, in order; units without a piece that can be read are left out."""
-    jobs = options.jobs or min(len(os.sched_getaffinity(0)), 8)
+    jobs = options.jobs or min(cores(), 8)
     costs = [_cost(unit) for unit in found.units]
     total, done = sum(costs), 0
     threads = torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,12 @@ def check() -> None:
     Raises:
         UsageError: `usage.plot`: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "usage.plot",
             "pictures need matplotlib",
             fix="pip install 'loramerge[plot]', or --html FILE, which needs nothing",
-        ) from None
+        )
 
 
 def write(data: Row, place: Path, force: bool) -> None:

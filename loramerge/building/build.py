@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,14 @@ def build(
     if work.waiting:
         _check_versions(work)
         for step in work.waiting:
-            _with_line(recipe, step, lambda s=step: maker.check(s, s.text in work.replaceable))  # type: ignore[misc]
+            with _lines(recipe, step):
+                maker.check(step, step.text in work.replaceable)
     if settings.dry_run:
         return _result(work, plans={s.text: maker.plan(s) for s in work.waiting if s.to != "onnx"})
     for step in work.waiting:
         progress = told(step.text, "build")
-        _with_line(recipe, step, lambda s=step, p=progress: _make(s, work, maker, p))  # type: ignore[misc]
+        with _lines(recipe, step):
+            _make(step, work, maker, progress)
     _push(work, push, told)
     written = _write_lock(work)
     if settings.attest is not None:
@@ -281,10 +283,11 @@ def _push(work: _State, push: Pusher | None, told: OnStep) -> None:
 # ------------------------------------------------------------------------------------------------ the end
 
 
-def _with_line(recipe: Recipe, step: Step, work: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def _lines(recipe: Recipe, step: Step) -> Iterator[None]:
     """Adds to what inputs and options are blamed for where in the recipe they stand."""
     try:
-        work()
+        yield
     except LoramergeError as error:
         if isinstance(error, OutputError) or error.exit_code == 1 or error.code.startswith("lock."):
             raise

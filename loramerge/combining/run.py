@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from loramerge import pickled
 from loramerge.adapters.adapter import Adapter
 from loramerge.adapters.opening import open_adapter
 from loramerge.algebra import Factors, adapter_threshold, fixed, fold
+from loramerge.algebra.threads import cores, one_thread
 from loramerge.combining.computing import Cut, Made, Stored, gather, make, needs_rank, store
 from loramerge.combining.matching import Slot, matched
 from loramerge.combining.ranks import Ranks, of_budget
@@ -163,7 +164,7 @@ class _Job:
         passes = 2 if self.options.ranks.budget is not None else 1
         total = passes * sum(self._nbytes(slot) for slot in updates)
         settings, notes = settings_of(self.sources)
-        with _one_thread():
+        with one_thread():
             thresholds = self._thresholds(updates)
             if self.options.ranks.budget is None:
                 ranks = self.options.ranks
@@ -201,7 +202,7 @@ class _Job:
 
     def _over(self, slots: Sequence[Slot], work: Callable[[Slot], T], total: int) -> list[T]:
         """Results for every place, in order, by some threads."""
-        jobs = self.options.jobs or min(MOST_JOBS, os.cpu_count() or 1)
+        jobs = self.options.jobs or min(MOST_JOBS, cores())
         made = []
         with ThreadPoolExecutor(jobs, initializer=lambda: torch.set_num_threads(1)) as pool:
             try:
@@ -335,14 +336,3 @@ class _Lazy:
 
 def _nbytes(item: Item) -> int:
     return sum(f.numel() * f.element_size() for f in item.factors.values())
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for BLAS and LAPACK, so that the last bits do not depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

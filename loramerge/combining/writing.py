@@ -49,7 +49,7 @@ def _pairs_and_wholes(result: Result) -> Iterator[Item]:
     """Pairs with their biases, and what is stored whole."""
     biased = "bias" in result.target.keys.get(PAIR, {})
     biases = {
-        (slot.key.role, slot.key.path): stored
+        (slot.key.role, slot.key.path): stored.whole.flatten()
         for slot, stored in result.stored
         if slot.key.leaf == "bias" and stored.whole is not None and bool(stored.whole.any())
     }
@@ -70,7 +70,7 @@ def _pairs_and_wholes(result: Result) -> Iterator[Item]:
         value = None
         if biased and biases and not stored.embedding:
             # A reader that takes biases of pairs takes them of all pairs.
-            value = factors.b.new_zeros(factors.shape[0]) if bias is None else bias.whole.flatten()  # type: ignore[union-attr]
+            value = factors.b.new_zeros(factors.shape[0]) if bias is None else bias
             attached.add(place)
         yield _pair(slot, stored, factors, value)
     for slot, stored in result.stored:

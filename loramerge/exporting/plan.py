@@ -28,7 +28,6 @@ from loramerge.tensors.text import some
 
 LAYOUTS = ("optimum", "transformersjs", "genai")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-STORED = {"float32": "F32", "float16": "F16"}
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,6 @@ from loramerge.errors import UnsupportedError
 from loramerge.exporting import tasks
 from loramerge.exporting.tasks import GraphSpec, Port
 
-BIG = 1 << 10
-"""Elements from which an initializer that belongs to the model is hidden while constants are folded; the rest are
-shapes, scales and tables, whose values a graph needs."""
-
 SIZES: Mapping[str, int] = {
     tasks.BATCH: tasks.SAMPLE_BATCH,
     tasks.SEQUENCE: tasks.SAMPLE_LENGTH,

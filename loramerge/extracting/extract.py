@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.functional import pad as _pad
 
 from loramerge.adapters import operators
 from loramerge.algebra.extract import Extraction
+from loramerge.algebra.threads import cores
 from loramerge.converting import from_pairs
 from loramerge.converting.items import PAIR, Item, read_tensor
 from loramerge.converting.target import Target, default_target, target_named
@@ -47,7 +47,7 @@ def extract(
     target = target_named(options.to) if options.to else default_target()
     from_pairs.check_place(out, target, [base, tuned], force=options.force)
     device = str(choose_device(options.device))
-    jobs = options.jobs or _cores()
+    jobs = options.jobs or cores()
     with contextlib.ExitStack() as opened:
         before, after = (
             opened.enter_context(contextlib.closing(open_checkpoint(path, read_pickle=read_pickle)))
@@ -96,10 +96,6 @@ def extract(
         data = told.done(made, wholes, left, prepared)
         prepared.write(force=options.force)
     return data
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bytes_of(match: Match) -> int:

@@ -57,7 +57,7 @@ class Resolved:
     """A reference, resolved: `commit` is 40 hexadecimal digits, and what there is of it never changes.
 
     `files`: all files of the repository at that commit (offline: those in the cache). `path`: the file or folder that
-    was asked for, "" for all. `cached`: nobody was asked, the cache told.
+    was asked for, "" for all.
     """
 
     repo: str
@@ -65,7 +65,6 @@ class Resolved:
     path: str
     revision: str
     files: tuple[RemoteFile, ...]
-    cached: bool = False
     private: bool = False
     gated: bool = False
 
@@ -282,7 +281,7 @@ def _from_cache(reference: Reference) -> Resolved:
     if not _COMMIT.fullmatch(commit) or not snapshot.is_dir():
         raise offline_error(reference.text)
     files = [_cached_file(path, snapshot) for path in sorted(snapshot.rglob("*")) if path.is_file()]
-    return Resolved(reference.repo, commit, reference.path, revision, tuple(files), cached=True)
+    return Resolved(reference.repo, commit, reference.path, revision, tuple(files))
 
 
 def _listed(reference: Reference, commit: str = "") -> Resolved | None:
@@ -299,7 +298,7 @@ def _listed(reference: Reference, commit: str = "") -> Resolved | None:
         files.append(RemoteFile(row[0], row[1], *(None if v is None else str(v) for v in row[2:])))
     revision = reference.revision or MAIN
     about = {name: bool(note.get(name)) for name in ("private", "gated")}
-    return Resolved(reference.repo, commit, reference.path, revision, tuple(files), cached=True, **about)
+    return Resolved(reference.repo, commit, reference.path, revision, tuple(files), **about)
 
 
 def _cached_file(path: Path, snapshot: Path) -> RemoteFile:

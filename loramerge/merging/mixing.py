@@ -16,6 +16,7 @@ from loramerge.adapters.views import Part
 from loramerge.algebra import masks
 from loramerge.algebra import methods as algebra
 from loramerge.algebra.core import Factors, Stack, content_key
+from loramerge.algebra.threads import one_thread
 from loramerge.algebra.thresholds import Array, spans
 from loramerge.errors import UnsupportedError
 from loramerge.merging.kernels import TORCH_DTYPES
@@ -72,7 +73,7 @@ def product(site: Site, how: Chosen, read: ReadFactor) -> tuple[Tensor, Tensor, 
     """
     exact = Exact(read, None)
     distance = None
-    with _failing(site, how), _one_thread(), torch.inference_mode():
+    with _failing(site, how), one_thread(), torch.inference_mode():
         made: Any = None
         if how.method.factors:
             given = [weighted_of(of[0], exact) for of in site.members if of]
@@ -102,19 +103,6 @@ def _failing(site: Site, how: Chosen) -> Iterator[None]:
             fix="another method, or --exclude this module",
             tensors=[part.tensor for part in site.view.parts],
         ) from None
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Decompositions have the same bits whoever asks for them: workers, which have one thread, or others."""
-    before = torch.get_num_threads()
-    if before != 1:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if before != 1:
-            torch.set_num_threads(before)
 
 
 def _arrays(site: Site, exact: Exact, look: Look | None) -> list[Any] | None:
